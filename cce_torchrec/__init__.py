@@ -1,0 +1,18 @@
+"""Compressed embedding tables for TorchRec: CCE and its siblings as sharded embedding-bag collections."""
+
+from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.config import CompressedEmbeddingBagConfig
+from cce_torchrec.memory import MemoryReport
+from cce_torchrec.methods import CCE, CE, METHODS, QR, FullTable, HashingTrick
+
+__all__ = [
+    "CCE",
+    "CE",
+    "METHODS",
+    "QR",
+    "CompressedEmbeddingBagCollection",
+    "CompressedEmbeddingBagConfig",
+    "FullTable",
+    "HashingTrick",
+    "MemoryReport",
+]

@@ -1,0 +1,140 @@
+"""The compressed collection: an ``EmbeddingBagCollection`` whose tables are small and whose ids are rewritten to rows.
+
+    KJT of ids -> RowRewriter -> KJT of rows -> inner EmbeddingBagCollection -> Relabel -> [B, D] a feature
+"""
+
+from collections.abc import Sequence
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingBagCollectionInterface
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from cce_torchrec.config import check_tables
+from cce_torchrec.lowering import LoweredTable, lower_tables
+from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes
+from cce_torchrec.methods.base import id_chunks
+from cce_torchrec.rewrite import Relabel, RowRewriter
+
+
+class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
+    """TorchRec's ``EmbeddingBagCollection`` with a compression method a table; same inputs, outputs and configs.
+
+    For every feature f of a table with method m, pooled over the bag: out_f = pool( { vector_m(id) : id in bag } ).
+
+    Args:
+        tables: logical tables; :class:`CompressedEmbeddingBagConfig` and plain ``EmbeddingBagConfig`` side by side.
+        device: where parameters and assignments live; "meta" builds neither.
+        is_weighted: whether the KJTs carry a weight an id.
+        bounds_check_mode: what an id outside [0, num_embeddings) does where a method stores something by id: FATAL raises
+            an ``IndexError``, WARNING and IGNORE look up id 0.
+
+    Raises:
+        ValueError: duplicate names, a dim that the columns do not divide, something that is not a method.
+
+    Example:
+        >>> from torchrec import KeyedJaggedTensor
+        >>> from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig
+        >>> table = CompressedEmbeddingBagConfig(
+        ...     name="t", num_embeddings=100, embedding_dim=8, feature_names=["f"], method=CCE(num_rows=4, num_columns=2)
+        ... )
+        >>> collection = CompressedEmbeddingBagCollection(tables=[table])
+        >>> ids = KeyedJaggedTensor.from_lengths_sync(["f"], torch.tensor([7, 42, 99]), torch.tensor([1, 0, 2]))
+        >>> collection(ids)["f"].shape
+        torch.Size([3, 8])
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[EmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: torch.device | str | None = None,
+        bounds_check_mode: BoundsCheckMode = BoundsCheckMode.FATAL,
+    ) -> None:
+        super().__init__()
+        check_tables(tables)
+        device = None if device is None else torch.device(device)
+        self._configs = list(tables)
+        self.bounds_check_mode = bounds_check_mode
+        self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, is_weighted, device)
+        self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
+        physical = [config for table in self.lowered_tables for config in table.physical_configs]
+        self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)
+        self._rewrite = RowRewriter(self.lowered_tables, [config.name for config in physical], bounds_check_mode)
+        self._relabel = Relabel(self.lowered_tables)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """Pooled vectors of a batch.
+
+        Args:
+            features: ids of every feature (others are ignored), batch size B.
+
+        Returns:
+            [B, D] for each feature, in the order of the configs.
+
+        Raises:
+            ValueError: where a feature or the weights are missing.
+            IndexError: where an id is out of bounds and ``bounds_check_mode`` is FATAL.
+        """
+        return self._relabel(self._embedding_bag_collection(self._rewrite(features)))
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The *logical* configs, as given."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether KJTs must carry weights."""
+        return self._embedding_bag_collection.is_weighted()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self._embedding_bag_collection.device
+
+    def codebook(self, physical_table: str) -> nn.Parameter:
+        """The weight of a physical table, [rows, dim]."""
+        return self._embedding_bag_collection.embedding_bags[physical_table].weight
+
+    @torch.no_grad()
+    def dense_weight(self, table: str) -> Tensor:
+        """The full table that this one stands for: row v is the vector of id v.
+
+        Args:
+            table: name of a logical table.
+
+        Returns:
+            float32 [num_embeddings, embedding_dim], detached. This is the big table: mind its size.
+
+        Raises:
+            ValueError: where there is no such table.
+        """
+        lowered = {candidate.name: candidate for candidate in self.lowered_tables}.get(table)
+        if lowered is None:
+            raise ValueError(f"No table {table!r}; the tables are {[config.name for config in self._configs]}.")
+        weights = [self.codebook(name) for name in lowered.physical_names]
+        return dense_weight(lowered, weights)
+
+    def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
+        """Bytes stored for each table, and how many times fewer than the full table's, counted both ways.
+
+        Args:
+            optimizer: the one that trains the parameters, so that its state is counted too.
+        """
+        optimizer_bytes = {
+            name: optimizer_state_bytes(optimizer, self.codebook(name))
+            for table in self.lowered_tables
+            for name in table.physical_names
+        }
+        return memory_report(self.lowered_tables, optimizer_bytes)
+
+
+def dense_weight(table: LoweredTable, weights: Sequence[Tensor]) -> Tensor:
+    """Decode every id of a table from the weights of its physical tables: [num_embeddings, embedding_dim], float32."""
+    config, row_map = table.config, table.row_map
+    out_VD = torch.empty(config.num_embeddings, config.embedding_dim, device=weights[0].device)
+    for ids_N in id_chunks(config.num_embeddings, weights[0].device):
+        columns = [weight[rows_NR].float().sum(1) for weight, rows_NR in zip(weights, row_map.rows(ids_N), strict=True)]
+        out_VD[ids_N[0] : ids_N[-1] + 1] = torch.cat(columns, dim=1) * row_map.scale
+    return out_VD

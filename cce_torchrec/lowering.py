@@ -1,0 +1,120 @@
+"""A logical table as physical ones: column i of table ``t`` is an ordinary TorchRec table ``t:i`` with features ``f:i``.
+
+Tables of one column keep their names, so a full table looks just as in TorchRec's own collection.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
+
+from cce_torchrec.config import method_of
+from cce_torchrec.methods import RowMap
+
+
+def _init_summand(init_fn, num_summands: int, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    """Initialise rows of which ``num_summands`` are added, so that their sum has the variance of ``init_fn``."""
+    with torch.no_grad():
+        init_fn(weight)
+        return weight.mul_(num_summands**-0.5)
+
+
+@dataclass(frozen=True)
+class LoweredTable:
+    """One logical table, its id -> rows function, and what both become in the inner collection.
+
+    Args:
+        config: the logical config.
+        row_map: ids to physical rows.
+        embedding_names: name of each feature's output: the feature's own, or ``f@t`` where several tables share it.
+        is_weighted: whether the collection's KJTs carry weights.
+    """
+
+    config: EmbeddingBagConfig
+    row_map: RowMap
+    embedding_names: list[str]
+    is_weighted: bool
+
+    @property
+    def name(self) -> str:
+        """Of the logical table."""
+        return self.config.name
+
+    def _column_name(self, name: str, column: int) -> str:
+        return name if len(self.row_map.columns) == 1 else f"{name}:{column}"
+
+    @cached_property
+    def physical_names(self) -> list[str]:
+        """Names of the physical tables, column by column."""
+        return [self._column_name(self.name, column) for column in range(len(self.row_map.columns))]
+
+    @property
+    def weights_hold_mean(self) -> bool:
+        """Weighted MEAN is lowered to SUM with every weight divided by its bag's length."""
+        return self.is_weighted and self.config.pooling == PoolingType.MEAN
+
+    @property
+    def output_scale(self) -> float:
+        """What the pooled output must be multiplied by; a plain MEAN divides by R ids too many."""
+        plain_mean = self.config.pooling == PoolingType.MEAN and not self.is_weighted
+        return self.row_map.scale * (self.row_map.rows_per_id if plain_mean else 1)
+
+    def output_names(self, feature: int) -> list[str]:
+        """Names of the physical features whose outputs, side by side, are that of logical feature ``feature``."""
+        return [self._column_name(self.embedding_names[feature], column) for column in range(len(self.row_map.columns))]
+
+    @cached_property
+    def physical_configs(self) -> list[EmbeddingBagConfig]:
+        """Configs of the physical tables, column by column."""
+        assert self.config.init_fn is not None
+        summands = self.row_map.rows_per_id
+        return [
+            EmbeddingBagConfig(
+                name=self.physical_names[column],
+                num_embeddings=size.num_rows,
+                embedding_dim=size.dim,
+                data_type=self.config.data_type,
+                feature_names=[self._column_name(name, column) for name in self.embedding_names],
+                pooling=PoolingType.SUM if self.weights_hold_mean else self.config.pooling,
+                weight_init_max=self.config.weight_init_max,
+                weight_init_min=self.config.weight_init_min,
+                init_fn=self.config.init_fn if summands == 1 else partial(_init_summand, self.config.init_fn, summands),
+            )
+            for column, size in enumerate(self.row_map.columns)
+        ]
+
+
+def lower_tables(
+    configs: Sequence[EmbeddingBagConfig], is_weighted: bool, device: torch.device | None
+) -> list[LoweredTable]:
+    """Build the id -> rows function of every table and lay out its physical tables.
+
+    Raises:
+        ValueError: where a physical name would stand twice, such as a feature ``f:0`` beside a feature ``f`` of a table
+            with several columns.
+    """
+    for config in configs:
+        config.feature_names = config.feature_names or [config.name]
+    lowered = [
+        LoweredTable(
+            config,
+            method_of(config).row_map(config.name, config.num_embeddings, config.embedding_dim, device),
+            embedding_names,
+            is_weighted,
+        )
+        for config, embedding_names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True)
+    ]
+    physical = [config for table in lowered for config in table.physical_configs]
+    for kind, names in (
+        ("table", [config.name for config in physical]),
+        ("feature", [feature for config in physical for feature in config.feature_names]),
+    ):
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise ValueError(f"Two {kind}s would be stored as {name!r}: rename the {kind} {name!r} (':' marks columns).")
+    return lowered

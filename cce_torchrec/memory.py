@@ -1,0 +1,119 @@
+"""What a collection stores, table by table, and the compression counted both ways."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchrec.modules.embedding_configs import data_type_to_dtype
+
+from cce_torchrec.config import method_of
+from cce_torchrec.lowering import LoweredTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableMemory:
+    """Sizes of one logical table (over all ranks, replicas counted once).
+
+    Attributes:
+        table: its name.
+        method: key of its method.
+        num_params: trainable parameters.
+        full_params: parameters of the full table.
+        codebook_bytes: bytes of the trainable parameters.
+        assignment_bytes: bytes of everything else that is stored: assignments and hash coefficients.
+        optimizer_bytes: bytes of the optimizer state we can see: that of fused optimizers and of a given optimizer.
+        full_bytes: bytes of the full table's weight.
+    """
+
+    table: str
+    method: str
+    num_params: int
+    full_params: int
+    codebook_bytes: int
+    assignment_bytes: int
+    optimizer_bytes: int
+    full_bytes: int
+
+    @property
+    def parameter_ratio(self) -> float:
+        """How many times fewer trainable parameters than the full table."""
+        return self.full_params / self.num_params
+
+    @property
+    def bytes_ratio(self) -> float:
+        """How many times fewer bytes than the full table's weight, assignments counted."""
+        return self.full_bytes / (self.codebook_bytes + self.assignment_bytes)
+
+
+_HEADER = f"{'table':<24}{'method':<16}{'params':>14}{'codebooks B':>14}{'assignm. B':>14}{'optim. B':>14}{'full B':>16}{'x params':>10}{'x bytes':>10}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryReport:
+    """The sizes of all tables of a collection; prints as a table.
+
+    Attributes:
+        tables: one entry a logical table, in config order.
+    """
+
+    tables: tuple[TableMemory, ...]
+
+    @property
+    def total(self) -> TableMemory:
+        """The sums over all tables."""
+        names = ("num_params", "full_params", "codebook_bytes", "assignment_bytes", "optimizer_bytes", "full_bytes")
+        sums = {name: sum(getattr(table, name) for table in self.tables) for name in names}
+        return TableMemory(table="total", method="", **sums)
+
+    @property
+    def parameter_ratio(self) -> float:
+        """Compression counted in trainable parameters."""
+        return self.total.parameter_ratio
+
+    @property
+    def bytes_ratio(self) -> float:
+        """Compression counted in stored bytes, assignments included."""
+        return self.total.bytes_ratio
+
+    def __str__(self) -> str:
+        rows = [
+            f"{row.table:<24}{row.method:<16}{row.num_params:>14,}{row.codebook_bytes:>14,}{row.assignment_bytes:>14,}"
+            f"{row.optimizer_bytes:>14,}{row.full_bytes:>16,}{row.parameter_ratio:>10.1f}{row.bytes_ratio:>10.1f}"
+            for row in (*self.tables, self.total)
+        ]
+        return "\n".join([_HEADER, *rows])
+
+
+def optimizer_state_bytes(optimizer: Optimizer | None, parameter: nn.Parameter) -> int:
+    """Bytes of the tensors that ``optimizer`` keeps for ``parameter``."""
+    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+
+
+def memory_report(tables: list[LoweredTable], optimizer_bytes: Mapping[str, int]) -> MemoryReport:
+    """Add up the sizes of ``tables``.
+
+    Args:
+        tables: the lowered tables of a collection.
+        optimizer_bytes: bytes of optimizer state by physical table; tables that are missing count 0.
+    """
+    report = []
+    for table in tables:
+        config, method = table.config, method_of(table.config)
+        num_params = method.num_params(config.num_embeddings, config.embedding_dim)
+        full_params = config.num_embeddings * config.embedding_dim
+        itemsize = data_type_to_dtype(config.data_type).itemsize
+        report.append(
+            TableMemory(
+                table=config.name,
+                method=method.key,
+                num_params=num_params,
+                full_params=full_params,
+                codebook_bytes=num_params * itemsize,
+                assignment_bytes=sum(buffer.numel() * buffer.element_size() for buffer in table.row_map.buffers()),
+                optimizer_bytes=sum(optimizer_bytes.get(name, 0) for name in table.physical_names),
+                full_bytes=full_params * itemsize,
+            )
+        )
+    return MemoryReport(tables=tuple(report))

@@ -1,0 +1,18 @@
+"""Compression methods, one file each; ``METHODS`` is the registry, one line each."""
+
+from cce_torchrec.methods.base import Column, MethodConfig, RowMap
+from cce_torchrec.methods.cce import CCE
+from cce_torchrec.methods.ce import CE
+from cce_torchrec.methods.full import FullTable
+from cce_torchrec.methods.hashing_trick import HashingTrick
+from cce_torchrec.methods.qr import QR
+
+METHODS: dict[str, type[MethodConfig]] = {
+    FullTable.key: FullTable,
+    HashingTrick.key: HashingTrick,
+    CE.key: CE,
+    QR.key: QR,
+    CCE.key: CCE,
+}
+
+__all__ = ["CCE", "CE", "METHODS", "QR", "Column", "FullTable", "HashingTrick", "MethodConfig", "RowMap"]

@@ -1,0 +1,140 @@
+"""The contract of a row method: an id becomes, in every column, a few rows of a small table; their sum is its vector.
+
+    vector(id) = scale * concat_{i < C} ( sum_{j < R} W_i[ rows_i(id)_j ] )
+
+A method is two things: a frozen config (:class:`MethodConfig`: sizes, budgets; what users write) and a :class:`RowMap`
+(the id -> rows function with its state, buffers only). Parameters are not here: the rows live in an ordinary TorchRec
+``EmbeddingBagCollection``, which is what makes every sharding type, kernel and optimizer work. See docs/add_a_method.md.
+
+Shapes: N ids, C columns, R rows an id and column.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Column(NamedTuple):
+    """The physical table of one column: ``num_rows`` vectors of ``dim`` numbers."""
+
+    num_rows: int
+    dim: int
+
+
+class RowMap(nn.Module, ABC):
+    """Ids to physical rows, for one logical table; its state is in buffers.
+
+    Attributes:
+        columns: the physical table of each column; their dims add up to the logical dim.
+        rows_per_id: R, how many rows of a column are summed for one id.
+        scale: what the sum is multiplied by.
+        bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.
+    """
+
+    columns: tuple[Column, ...]
+    rows_per_id: int = 1
+    scale: float = 1.0
+    bounded: bool = False
+
+    @abstractmethod
+    def rows(self, ids_N: Tensor) -> Tensor:
+        """Physical rows of each id.
+
+        Args:
+            ids_N: int64 [N]; inside [0, num_embeddings) where the map is ``bounded``.
+
+        Returns:
+            int64 [C, N, R], contiguous.
+        """
+
+    def reset_parameters(self) -> None:
+        """Compute the buffers anew, as after construction; for maps built on the meta device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig(ABC):
+    """How one table is compressed; subclasses add their sizes."""
+
+    key: ClassVar[str]
+    reclusterable: ClassVar[bool] = False
+
+    @abstractmethod
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
+        """Trainable parameters of a table of ``num_embeddings`` ids and ``embedding_dim`` dims."""
+
+    @classmethod
+    @abstractmethod
+    def largest_fields(
+        cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The fields of the largest instance within a budget, given the ``overrides``; see :meth:`from_budget`."""
+
+    @classmethod
+    def from_budget(cls, num_embeddings: int, embedding_dim: int, num_params: int, **overrides: Any) -> Self:
+        """The largest instance with at most ``num_params`` trainable parameters.
+
+        Args:
+            num_embeddings: V, ids of the table.
+            embedding_dim: D, dims of its vectors.
+            num_params: the budget, in parameters (not bytes).
+            **overrides: fields of the config to fix instead of choosing them.
+
+        Raises:
+            ValueError: where no instance fits; it names the smallest budget that works.
+        """
+        check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        method = cls(**{**cls.largest_fields(num_embeddings, embedding_dim, num_params, overrides), **overrides})
+        needed = method.num_params(num_embeddings, embedding_dim)
+        if needed > num_params:
+            raise ValueError(f"{method} needs {needed} parameters, more than the budget of {num_params}: raise it to that.")
+        return method
+
+    @abstractmethod
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
+        """Build the id -> rows function of the table named ``table``, which seeds its hashes."""
+
+
+def check_positive(**values: int) -> None:
+    """Raise a ``ValueError`` for every value that is not an integer above 0."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive integer.")
+
+
+def check_divides(embedding_dim: int, num_columns: int) -> None:
+    """Raise a ``ValueError`` with the divisors near ``num_columns`` where the columns do not cut the dim evenly."""
+    if embedding_dim % num_columns:
+        divisors = [d for d in range(1, embedding_dim + 1) if embedding_dim % d == 0]
+        below = max(d for d in divisors if d < num_columns) if num_columns > 1 else 1
+        above = min((d for d in divisors if d > num_columns), default=embedding_dim)
+        raise ValueError(
+            f"embedding_dim={embedding_dim} cannot be cut in num_columns={num_columns} equal columns; "
+            f"the nearest numbers of columns that work are {below} and {above}."
+        )
+
+
+def default_num_columns(embedding_dim: int, at_most: int) -> int:
+    """The most columns up to ``at_most`` whose width FBGEMM takes (a multiple of 4), or 1."""
+    widths = range(4, embedding_dim + 1, 4)
+    return max((embedding_dim // w for w in widths if embedding_dim % w == 0 and embedding_dim // w <= at_most), default=1)
+
+
+def budget_rows(method: str, num_params: int, embedding_dim: int, smallest: int) -> int:
+    """How many full-width rows fit in ``num_params``; a ``ValueError`` naming the smallest budget if under ``smallest``."""
+    rows = num_params // embedding_dim
+    if rows < smallest:
+        raise ValueError(
+            f"{method}: a budget of {num_params} parameters is too small at embedding_dim={embedding_dim}; "
+            f"the smallest possible is {smallest * embedding_dim}."
+        )
+    return rows
+
+
+def id_chunks(num_embeddings: int, device: torch.device | None = None, size: int = 1 << 18) -> Iterator[Tensor]:
+    """All ids of a table in order, a bounded number at a time."""
+    for start in range(0, num_embeddings, size):
+        yield torch.arange(start, min(start + size, num_embeddings), device=device)

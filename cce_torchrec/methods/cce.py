@@ -1,0 +1,143 @@
+"""Clustered compositional embeddings (CCE): concatenated columns whose assignments are learned by re-clustering."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cce_torchrec.hashing import hash_coefficients, hash_rows
+from cce_torchrec.methods.base import (
+    Column,
+    MethodConfig,
+    RowMap,
+    budget_rows,
+    check_divides,
+    check_positive,
+    default_num_columns,
+    id_chunks,
+)
+
+
+def smallest_int_dtype(num_values: int) -> torch.dtype:
+    """The narrowest integer type that holds 0 .. ``num_values - 1``."""
+    for dtype in (torch.uint8, torch.int16):
+        if num_values - 1 <= torch.iinfo(dtype).max:
+            return dtype
+    return torch.int32
+
+
+class CCERowMap(RowMap):
+    """Main row by stored assignment, helper row by hash; the helper rows follow the main ones in the column's table.
+
+    Buffers: ``assignments`` [V, c] (row of the main codebook, column by column), ``helper_coefficients`` int64 [1 + c] and
+    ``version`` (how many times the table was re-clustered).
+    """
+
+    rows_per_id = 2
+    bounded = True
+    assignments: Tensor
+    helper_coefficients: Tensor
+    version: Tensor
+
+    def __init__(
+        self, method: "CCE", table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None
+    ) -> None:
+        super().__init__()
+        columns, helper_rows = method.num_columns, method.helper_rows
+        self.num_main_rows, self.num_helper_rows = method.num_rows, helper_rows
+        self.columns = (Column(method.num_rows + helper_rows, embedding_dim // columns),) * columns
+        self._key = (method.seed, table, method.key)
+        dtype = smallest_int_dtype(method.num_rows)
+        self.register_buffer("assignments", torch.empty(num_embeddings, columns, dtype=dtype, device=device))
+        self.register_buffer("helper_coefficients", torch.empty(1 + columns, dtype=torch.int64, device=device))
+        self.register_buffer("version", torch.empty((), dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Hash every id to a main row, the start before anything is learned."""
+        device = self.assignments.device
+        self.version.zero_()
+        self.helper_coefficients.copy_(self.draw_helper_coefficients(0))
+        if device.type == "meta":
+            return
+        coefficients = hash_coefficients(len(self.columns), *self._key, "main", device=device)
+        for ids_N in id_chunks(self.assignments.shape[0], device):
+            self.assignments[ids_N[0] : ids_N[-1] + 1] = hash_rows(ids_N, coefficients, self.num_main_rows).T
+
+    def draw_helper_coefficients(self, version: int, *key: object) -> Tensor:
+        """The helper hash functions that go with a version of the assignments, on the CPU."""
+        return hash_coefficients(len(self.columns), *self._key, "helper", version, *key)
+
+    def main_rows(self, ids_N: Tensor) -> Tensor:
+        """Row of the main codebook of each id: int64 [c, N]."""
+        return self.assignments[ids_N].T.to(torch.int64)
+
+    def helper_rows(self, ids_N: Tensor) -> Tensor:
+        """Row of the helper codebook of each id, counted from its own start: int64 [c, N]."""
+        return hash_rows(ids_N, self.helper_coefficients, self.num_helper_rows)
+
+    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102
+        return torch.stack([self.main_rows(ids_N), self.helper_rows(ids_N) + self.num_main_rows], dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CCE(MethodConfig):
+    """Clustered compositional embeddings: vector(id) = concat_i ( M_i[h_i(id)] + M'_i[h'_i(id)] ).
+
+    ``h_i`` is a stored assignment (a hash until the first re-clustering), ``h'_i`` a hash function. :func:`recluster`
+    replaces M_i by the K-means centroids of the ids' column vectors, h_i by the nearest centroid, h'_i by a fresh hash and
+    M'_i by the mean residual of each of its rows, so that ids that behave alike come to share rows.
+
+    Args:
+        num_rows: k, rows of each column's main codebook.
+        num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide.
+        num_helper_rows: k', rows of each column's helper codebook; ``None`` for as many as the main one.
+        seed: of the hash functions; the table's name is part of the seed.
+
+    Stored beside the parameters: V x c assignments of 1, 2 or 4 bytes (the narrowest that holds k).
+
+    Paper: Tsang & Ahle, "Clustering the Sketch: Dynamic Compression for Embedding Tables", NeurIPS 2023, arXiv 2210.05974.
+    There the helper starts at zero after a clustering; here at the mean residual, which loses less of what was learned.
+
+    Example:
+        >>> CCE(num_rows=100, num_columns=4).num_params(10_000, 16)
+        3200
+    """
+
+    key: ClassVar[str] = "cce"
+    reclusterable: ClassVar[bool] = True
+
+    num_rows: int
+    num_columns: int = 8
+    num_helper_rows: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(num_rows=self.num_rows, num_columns=self.num_columns, num_helper_rows=self.helper_rows)
+
+    @property
+    def helper_rows(self) -> int:
+        """k', with the default filled in."""
+        return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
+
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+        check_divides(embedding_dim, self.num_columns)
+        return (self.num_rows + self.helper_rows) * embedding_dim
+
+    @classmethod
+    def largest_fields(  # noqa: D102
+        cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+    ) -> dict[str, Any]:
+        helper_rows = overrides.get("num_helper_rows")
+        rows = budget_rows(cls.key, num_params, embedding_dim, smallest=1 + (helper_rows or 1))
+        helper_rows = rows // 2 if helper_rows is None else helper_rows
+        return {
+            "num_rows": rows - helper_rows,
+            "num_helper_rows": helper_rows,
+            "num_columns": default_num_columns(embedding_dim, at_most=8),
+        }
+
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+        check_divides(embedding_dim, self.num_columns)
+        return CCERowMap(self, table, num_embeddings, embedding_dim, device)

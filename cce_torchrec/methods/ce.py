@@ -1,0 +1,83 @@
+"""Compositional embeddings by concatenation (CE): every column of the vector is hashed on its own."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cce_torchrec.hashing import hash_coefficients, hash_rows
+from cce_torchrec.methods.base import (
+    Column,
+    MethodConfig,
+    RowMap,
+    budget_rows,
+    check_divides,
+    check_positive,
+    default_num_columns,
+)
+
+
+class HashedRowMap(RowMap):
+    """One hashed row in every column."""
+
+    coefficients: Tensor
+
+    def __init__(
+        self, num_rows: int, num_columns: int, embedding_dim: int, key: tuple[object, ...], device: torch.device | None
+    ) -> None:
+        super().__init__()
+        self.columns = (Column(num_rows, embedding_dim // num_columns),) * num_columns
+        self._key = key
+        self.register_buffer("coefficients", torch.empty(1 + num_columns, dtype=torch.int64, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:  # noqa: D102
+        self.coefficients.copy_(hash_coefficients(len(self.columns), *self._key))
+
+    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102
+        return hash_rows(ids_N, self.coefficients, self.columns[0].num_rows).unsqueeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CE(MethodConfig):
+    """Compositional embeddings, concatenated: vector(id) = concat_i W_i[h_i(id)].
+
+    Two ids share a vector only where all c hashes collide, which is rare even with few rows.
+
+    Args:
+        num_rows: k, rows of each column's codebook.
+        num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide.
+        seed: of the hash functions; the table's name is part of the seed.
+
+    Paper: Shi et al., "Compositional Embeddings Using Complementary Partitions", KDD 2020, arXiv 1909.02107. The paper's
+    partitions are quotients and remainders (see :class:`QR`); here they are hash functions, so any id is allowed.
+
+    Example:
+        >>> CE(num_rows=100, num_columns=4).num_params(10_000, 16)
+        1600
+    """
+
+    key: ClassVar[str] = "ce"
+
+    num_rows: int
+    num_columns: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(num_rows=self.num_rows, num_columns=self.num_columns)
+
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+        check_divides(embedding_dim, self.num_columns)
+        return self.num_rows * embedding_dim
+
+    @classmethod
+    def largest_fields(  # noqa: D102
+        cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+    ) -> dict[str, Any]:
+        rows = budget_rows(cls.key, num_params, embedding_dim, smallest=1)
+        return {"num_rows": rows, "num_columns": default_num_columns(embedding_dim, at_most=4)}
+
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+        check_divides(embedding_dim, self.num_columns)
+        return HashedRowMap(self.num_rows, self.num_columns, embedding_dim, (self.seed, table, self.key), device)

@@ -1,0 +1,47 @@
+"""Full table: one row an id, nothing compressed."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cce_torchrec.methods.base import Column, MethodConfig, RowMap, budget_rows
+
+
+class FullRowMap(RowMap):
+    """Row = id."""
+
+    bounded = True
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.columns = (Column(num_embeddings, embedding_dim),)
+
+    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102 (the contract's)
+        return ids_N.view(1, -1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullTable(MethodConfig):
+    """No compression: vector(id) = W[id].
+
+    Example:
+        >>> FullTable().num_params(1000, 16)
+        16000
+    """
+
+    key: ClassVar[str] = "full"
+
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+        return num_embeddings * embedding_dim
+
+    @classmethod
+    def largest_fields(  # noqa: D102
+        cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+    ) -> dict[str, Any]:
+        budget_rows(cls.key, num_params, embedding_dim, smallest=num_embeddings)
+        return {}
+
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+        return FullRowMap(num_embeddings, embedding_dim)

@@ -1,0 +1,45 @@
+"""The hashing trick: one hash, one row."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from cce_torchrec.methods.base import MethodConfig, RowMap, budget_rows, check_positive
+from cce_torchrec.methods.ce import HashedRowMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashingTrick(MethodConfig):
+    """The hashing trick: vector(id) = W[h(id)].
+
+    Args:
+        num_rows: k, rows of the table.
+        seed: of the hash function; the table's name is part of the seed.
+
+    Paper: Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009, arXiv 0902.2206.
+
+    Example:
+        >>> HashingTrick(num_rows=100).num_params(10_000, 16)
+        1600
+    """
+
+    key: ClassVar[str] = "hashing_trick"
+
+    num_rows: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(num_rows=self.num_rows)
+
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+        return self.num_rows * embedding_dim
+
+    @classmethod
+    def largest_fields(  # noqa: D102
+        cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {"num_rows": budget_rows(cls.key, num_params, embedding_dim, smallest=1)}
+
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+        return HashedRowMap(self.num_rows, 1, embedding_dim, (self.seed, table, self.key), device)

@@ -1,0 +1,91 @@
+"""Quotient-remainder (QR): an id is the pair (id // m, id % m), each with a small table."""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from cce_torchrec.methods.base import Column, MethodConfig, RowMap, budget_rows, check_divides, check_positive
+
+Operation = Literal["add", "concat"]
+
+
+def _num_quotients(num_embeddings: int, num_remainders: int) -> int:
+    return -(-num_embeddings // num_remainders)
+
+
+class QRRowMap(RowMap):
+    """Remainder row and quotient row: two rows of one table (add), or one row in each of two columns (concat)."""
+
+    bounded = True
+
+    def __init__(self, num_remainders: int, operation: Operation, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self._num_remainders, self._add = num_remainders, operation == "add"
+        quotients = _num_quotients(num_embeddings, num_remainders)
+        if self._add:
+            self.rows_per_id = 2
+            self.columns = (Column(num_remainders + quotients, embedding_dim),)
+        else:
+            self.columns = (Column(num_remainders, embedding_dim // 2), Column(quotients, embedding_dim // 2))
+
+    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102
+        remainder_N, quotient_N = ids_N % self._num_remainders, ids_N // self._num_remainders
+        if self._add:
+            return torch.stack([remainder_N, quotient_N + self._num_remainders], dim=-1).unsqueeze(0)
+        return torch.stack([remainder_N, quotient_N]).unsqueeze(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QR(MethodConfig):
+    """Quotient-remainder: vector(id) = R[id mod m] + Q[id div m], or their concatenation; every id has its own pair.
+
+    Args:
+        num_remainders: m, rows of the remainder table; the quotient table has ceil(V / m).
+        operation: "add" (both tables ``embedding_dim`` wide) or "concat" (both half as wide).
+
+    Paper: Shi et al., "Compositional Embeddings Using Complementary Partitions", KDD 2020, arXiv 1909.02107.
+
+    Example:
+        >>> QR(num_remainders=100).num_params(10_000, 16)
+        3200
+    """
+
+    key: ClassVar[str] = "qr"
+
+    num_remainders: int
+    operation: Operation = "add"
+
+    def __post_init__(self) -> None:
+        check_positive(num_remainders=self.num_remainders)
+        if self.operation not in get_args(Operation):
+            raise ValueError(f"operation={self.operation!r} is not one of {', '.join(get_args(Operation))}.")
+
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+        if self.operation == "concat":
+            check_divides(embedding_dim, 2)
+        width = embedding_dim if self.operation == "add" else embedding_dim // 2
+        return (self.num_remainders + _num_quotients(num_embeddings, self.num_remainders)) * width
+
+    @classmethod
+    def largest_fields(  # noqa: D102
+        cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+    ) -> dict[str, Any]:
+        width = embedding_dim // 2 if overrides.get("operation") == "concat" else embedding_dim
+        low, high = max(isqrt(num_embeddings - 1) + 1, 1), num_embeddings
+        smallest = low + _num_quotients(num_embeddings, low)
+        budget = budget_rows(cls.key, num_params, width, smallest)
+        while low < high:  # m + ceil(V / m) grows with m from sqrt(V) on
+            middle = (low + high + 1) // 2
+            if middle + _num_quotients(num_embeddings, middle) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return {"num_remainders": low}
+
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+        if self.operation == "concat":
+            check_divides(embedding_dim, 2)
+        return QRRowMap(self.num_remainders, self.operation, num_embeddings, embedding_dim)

@@ -1,0 +1,161 @@
+"""The rewrite of a batch: a KJT of ids becomes the KJT of rows that an ordinary ``EmbeddingBagCollection`` looks up.
+
+Every id of feature f becomes R rows in each of the features ``f:0 .. f:c-1``; a bag of n ids becomes c bags of n * R rows.
+
+Shapes: F logical features, P physical features, B batch size, N ids of one table, C columns, R rows an id and column.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from cce_torchrec.bounds import BoundsCheck
+from cce_torchrec.lowering import LoweredTable
+
+
+def select_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
+    """The features called ``names``, in that order (a name may stand twice).
+
+    Raises:
+        ValueError: where a feature is missing, or where the features have batch sizes of their own.
+    """
+    keys = features.keys()
+    missing = [name for name in names if name not in keys]
+    if missing:
+        raise ValueError(f"The KeyedJaggedTensor has no feature {missing}; it has {keys}. Add it, or drop it from the table.")
+    if features.variable_stride_per_key():
+        raise ValueError(
+            "The KeyedJaggedTensor has a batch size per feature (stride_per_key_per_rank); compressed collections "
+            "support one batch size only: build it with `stride`."
+        )
+    if keys == names:
+        return features
+    return features.permute([keys.index(name) for name in names])
+
+
+class RowRewriter:
+    """Rewrites the ids of some features to the rows of some physical tables; all of them, or one rank's share.
+
+    Args:
+        tables: the lowered tables of the collection.
+        physical_tables: names of the physical tables to produce rows for, in the order the lookup expects them.
+        mode: what to do with ids out of bounds.
+    """
+
+    def __init__(self, tables: Sequence[LoweredTable], physical_tables: Sequence[str], mode: BoundsCheckMode) -> None:
+        table_of = {name: table for table in tables for name in table.physical_names}
+        self.tables = list({table_of[name].name: table_of[name] for name in physical_tables}.values())
+        self.features = [feature for table in self.tables for feature in table.config.feature_names]
+        self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self.tables]
+        self._is_weighted = any(table.is_weighted for table in self.tables)
+        self._layout(physical_tables, table_of)
+
+    def _layout(self, physical_tables: Sequence[str], table_of: dict[str, LoweredTable]) -> None:
+        """Precompute where each physical feature comes from."""
+        index = {table.name: position for position, table in enumerate(self.tables)}
+        first_feature = [0]
+        for table in self.tables:
+            first_feature.append(first_feature[-1] + len(table.config.feature_names))
+        self._feature_ends = first_feature[1:]
+        self._keys: list[str] = []
+        self._pieces: list[tuple[int, int]] = []  # (table, column) of each physical table
+        feature_P: list[int] = []
+        rows_per_id_P: list[int] = []
+        for name in physical_tables:
+            table = table_of[name]
+            position, column = index[table.name], table.physical_names.index(name)
+            count = len(table.config.feature_names)
+            self._pieces.append((position, column))
+            self._keys += table.physical_configs[column].feature_names
+            feature_P += range(first_feature[position], first_feature[position] + count)
+            rows_per_id_P += [table.row_map.rows_per_id] * count
+        whole = [(t, column) for t, table in enumerate(self.tables) for column in range(len(table.row_map.columns))]
+        self._whole_tables = self._pieces == whole
+        self._feature_P = torch.tensor(feature_P, dtype=torch.int64)
+        self._rows_per_id_P1 = torch.tensor(rows_per_id_P, dtype=torch.int64).unsqueeze(1)
+
+    @torch.no_grad()
+    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """Rewrite a batch.
+
+        Args:
+            features: ids; must hold every feature of the tables, in any order.
+
+        Returns:
+            Rows; keys are the physical features in the order of the physical tables.
+
+        Raises:
+            ValueError: where a feature is missing, or the KJT carries no weights in a weighted collection.
+            IndexError: where an id is out of bounds and the mode is FATAL.
+        """
+        features = select_features(features, self.features)
+        lengths_FB = features.lengths().view(len(self.features), -1)
+        self._feature_P = self._feature_P.to(lengths_FB.device)
+        self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)
+        ends = features.offset_per_key()
+        ids = _split(features.values(), [ends[end] for end in self._feature_ends])
+        rows = [
+            table.row_map.rows(check(ids_N) if table.row_map.bounded else ids_N)
+            for table, check, ids_N in zip(self.tables, self._checks, ids, strict=True)
+        ]
+        return KeyedJaggedTensor(
+            keys=self._keys,
+            values=self._gather(rows),
+            lengths=(lengths_FB[self._feature_P] * self._rows_per_id_P1.to(lengths_FB.dtype)).view(-1),
+            weights=self._gather(self._weights(features, lengths_FB, ends)) if self._is_weighted else None,
+            stride=features.stride(),
+        )
+
+    def _gather(self, pieces: list[Tensor]) -> Tensor:
+        """Flatten [C, N, R] pieces, a table each, into the order of the physical tables."""
+        if self._whole_tables:
+            return torch.cat([piece.reshape(-1) for piece in pieces])
+        return torch.cat([pieces[table][column].reshape(-1) for table, column in self._pieces])
+
+    def _weights(self, features: KeyedJaggedTensor, lengths_FB: Tensor, ends: list[int]) -> list[Tensor]:
+        """The weight of every row, a [C, N, R] tensor for each table."""
+        if features.weights_or_none() is None:
+            raise ValueError("The collection is weighted (is_weighted=True) but the KeyedJaggedTensor has no weights.")
+        weights = features.weights()
+        if any(table.weights_hold_mean for table in self.tables):
+            lengths = lengths_FB.reshape(-1)
+            per_id = weights / torch.repeat_interleave(lengths, lengths, output_size=weights.numel())
+        cuts = [ends[end] for end in self._feature_ends]
+        expanded = []
+        for t, table in enumerate(self.tables):
+            weights_N = _split(per_id if table.weights_hold_mean else weights, cuts)[t]
+            shape = (len(table.row_map.columns), weights_N.numel(), table.row_map.rows_per_id)
+            expanded.append(weights_N.view(1, -1, 1).expand(shape))
+        return expanded
+
+
+def _split(values: Tensor, ends: list[int]) -> list[Tensor]:
+    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+class Relabel:
+    """Gives the outputs of the physical features back their logical names: the columns of f side by side are f."""
+
+    def __init__(self, tables: Sequence[LoweredTable]) -> None:
+        outputs = [(table, f) for table in tables for f in range(len(table.embedding_names))]
+        self._physical = [name for table, f in outputs for name in table.output_names(f)]
+        self.keys = [table.embedding_names[f] for table, f in outputs]
+        self._dims = [table.config.embedding_dim for table, _ in outputs]
+        scales = [table.output_scale for table, _ in outputs]
+        self._scale_D = (
+            torch.tensor(scales).repeat_interleave(torch.tensor(self._dims)) if any(s != 1 for s in scales) else None
+        )
+
+    def __call__(self, pooled: KeyedTensor) -> KeyedTensor:
+        """Rename, and reorder and scale only where needed."""
+        if pooled.keys() == self._physical:
+            values_BD = pooled.values()
+        else:
+            values_BD = KeyedTensor.regroup([pooled], [self._physical])[0]
+        if self._scale_D is not None:
+            self._scale_D = self._scale_D.to(values_BD.device)
+            values_BD = values_BD * self._scale_D
+        return KeyedTensor(keys=self.keys, length_per_key=self._dims, values=values_BD)
