@@ -9,8 +9,8 @@ import pytest
 from tests.distributed.harness import RankPool
 
 # Times vary a lot on a shared machine, so examples have no deadline. CI draws the same examples every time.
-hypothesis.settings.register_profile("default", deadline=None, derandomize=bool(os.environ.get("CI")))
-hypothesis.settings.load_profile("default")
+hypothesis.settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 
 # The server imports the stack once and forks the ranks off, which saves each of them the seconds an import takes. It
-# runs nothing but imports, so no thread pool exists yet when it forks.
+# runs nothing but imports, so no thread pool exists yet when it forks. Ranks see the environment as it was at the first
+# start: a variable that a test sets later must be passed as an argument.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torchrec", "torchrec.distributed.model_parallel"])
 
@@ -125,31 +126,23 @@ class RankPool:
         # The store lives in this process and listens on a port that the system chose, so no port can be lost meanwhile.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._stacks = tempfile.TemporaryDirectory(prefix="ranks-")
-        for rank in range(self.world_size):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
-                target=_serve,
-                args=(
-                    rank,
-                    self.world_size,
-                    self.local_world_size,
-                    self._store.port,
-                    self.collective_timeout,
-                    self._stack_file(rank),
-                    theirs,
-                ),
-                daemon=True,
-                name=f"rank{rank}",
-            )
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
         try:
+            for rank in range(self.world_size):
+                self._start_rank(rank)
             self._collect(START_TIMEOUT, "starting")
         except BaseException:
             self.kill()
             raise
+
+    def _start_rank(self, rank: int) -> None:
+        ours, theirs = _CONTEXT.Pipe()
+        sizes = (rank, self.world_size, self.local_world_size)
+        joining = (self._store.port, self.collective_timeout, self._stack_file(rank))
+        process = _CONTEXT.Process(target=_serve, args=(*sizes, *joining, theirs), daemon=True, name=f"rank{rank}")
+        process.start()
+        theirs.close()
+        self._processes.append(process)
+        self._connections.append(ours)
 
     def _collect(self, timeout: float, what: str) -> list[Any]:
         """Wait for one reply of every rank, or raise for the ranks that give none or a failure."""
@@ -168,7 +161,9 @@ class RankPool:
             if failures:
                 deadline = min(deadline, time.monotonic() + GRACE)
         if failures:
-            first = next(iter(failures))
+            # A rank that died makes others fail in their collectives, maybe before its own end is noticed.
+            dead = (rank for rank in failures if not self._processes[rank].is_alive())
+            first = next(dead, next(iter(failures)))
             others = [rank for rank in failures if rank != first]
             also = f" (ranks {others} failed as well)" if others else ""
             raise RankError(first, f"rank {first} of {self.world_size} failed in {what}{also}:\n{failures[first]}")

@@ -84,7 +84,7 @@ def test_failure_is_reported_with_its_rank_and_the_pool_recovers(fn: Any, rank: 
         started = time.monotonic()
         with pytest.raises(RankError, match=message) as caught:
             pool.run(fn)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
         assert rank is None or caught.value.rank == rank
         assert not any(is_running(p) for p in pids)
         assert pool.run(describe, 0)[1]["total"].item() == 1
@@ -96,7 +96,7 @@ def test_hung_rank_is_killed_after_the_timeout_and_its_stack_shown() -> None:
         started = time.monotonic()
         with pytest.raises(RankError, match=r"(?s)ranks \[0\] of 2 did not finish .*hang_on_one.* in hang_on_one"):
             pool.run(hang_on_one, timeout=1.0)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
         assert not any(is_running(p) for p in pids)
 
 
