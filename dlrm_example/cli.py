@@ -1,0 +1,116 @@
+"""Command-line flags to `TrainConfig`, once. Names are torchrec_dlrm's where it has the flag."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from cce_torchrec import METHODS
+from dlrm_example.config import INTERACTION_TYPES, TrainConfig, default_compression, parse_method_options
+from dlrm_example.data import DATASETS
+
+DEFAULTS = TrainConfig(run_dir="")
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
+    """The config that the flags ask for.
+
+    Raises:
+        UsageError: for values that are unknown or contradict each other. (argparse itself exits for malformed flags.)
+    """
+    values = vars(_parser().parse_args(argv))
+    values["method_options"] = parse_method_options(values["method"], values["method_options"])
+    if values["compression"] is None:
+        values["compression"] = default_compression(values["method"])
+    if values["dense_arch_layer_sizes"] is None:
+        values["dense_arch_layer_sizes"] = (64, values["embedding_dim"])
+    return TrainConfig(**values)
+
+
+def _layer_sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(size) for size in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 64,32") from None
+
+
+class _Group:
+    """A heading of the help. The default of a flag is that of the field of the same name."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
+        self._group = parser.add_argument_group(title)
+
+    def add(self, name: str, help_text: str, **settings: Any) -> None:
+        default = settings.pop("default", getattr(DEFAULTS, name))
+        if default not in (None, "", False):
+            help_text += f" (default: {_shown(default)})"
+        self._group.add_argument(f"--{name}", help=help_text, default=default, **settings)
+
+
+def _shown(default: object) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m dlrm_example.train",
+        description="Train TorchRec's DLRM with compressed embedding tables.",
+        allow_abbrev=False,
+    )
+    _add_data_flags(_Group(parser, "data"))
+    _add_compression_flags(_Group(parser, "compression"))
+    _add_model_flags(_Group(parser, "model"))
+    _add_training_flags(_Group(parser, "training"))
+    _add_output_flags(_Group(parser, "output"))
+    return parser
+
+
+def _add_data_flags(group: _Group) -> None:
+    group.add("dataset_name", f"one of {', '.join(DATASETS)}")
+    group.add("data_path", "folder of the data's archive; without it, cce_torchrec in the user's cache folder")
+    discard_help = "throw away each user's last N interactions before splitting: tune with 2, report with 0"
+    group.add("discard_last", discard_help, type=int)
+
+
+def _add_compression_flags(group: _Group) -> None:
+    group.add("method", f"one of {', '.join(METHODS)}")
+    compression_help = "full parameters / parameters, over all tables together (default: 8; 1 for method full)"
+    group.add("compression", compression_help, type=float, default=None)
+    group.add("min_compressed_rows", "tables with fewer rows than this stay full", type=int)
+    options_help = "fields of the method to fix, such as num_columns=4"
+    group.add("method_options", options_help, nargs="+", metavar="KEY=VALUE", default=())
+    group.add("recluster_count", "how often tables that can be are re-clustered; 0 for never", type=int)
+    group.add("recluster_stop_after", "fraction of training after which no re-clustering happens", type=float)
+
+
+def _add_model_flags(group: _Group) -> None:
+    group.add("embedding_dim", "dims of every embedding", type=int)
+    dense_help = "the last is the embedding dim (default: 64,EMBEDDING_DIM)"
+    group.add("dense_arch_layer_sizes", dense_help, type=_layer_sizes, default=None)
+    group.add("over_arch_layer_sizes", "the last is 1", type=_layer_sizes)
+    group.add("interaction_type", f"one of {', '.join(INTERACTION_TYPES)}")
+    group.add("dcn_num_layers", "for dcn", type=int)
+    group.add("dcn_low_rank_dim", "for dcn", type=int)
+    group.add("interaction_branch1_layer_sizes", "for projection", type=_layer_sizes)
+    group.add("interaction_branch2_layer_sizes", "for projection", type=_layer_sizes)
+
+
+def _add_training_flags(group: _Group) -> None:
+    group.add("learning_rate", "of embeddings and dense layers", type=float)
+    group.add("eps", "of Adagrad", type=float)
+    adagrad_help = "dense layers by Adagrad instead of SGD; embeddings always have row-wise Adagrad"
+    group.add("adagrad", adagrad_help, action="store_true")
+    group.add("epochs", "passes over the training rows", type=int)
+    group.add("batch_size", "rows a step and rank", type=int)
+    group.add("test_batch_size", "rows a batch and rank when evaluating", type=int)
+    for split in ("train", "val", "test"):
+        group.add(f"limit_{split}_batches", f"use at most this many {split} batches (an epoch)", type=int)
+    group.add("validation_freq_within_epoch", "evaluate every N steps too, not only after each epoch", type=int)
+    group.add("seed", "of weights, hashes, shuffling and re-clustering", type=int)
+    group.add("num_threads", "CPU threads of torch; so small a model gains nothing from more", type=int)
+
+
+def _add_output_flags(group: _Group) -> None:
+    group.add("run_dir", "where config.json, metrics.jsonl and summary.json go", required=True)
+    group.add("overwrite", "replace a finished run in run_dir", action="store_true")
+    group.add("print_sharding_plan", "print the planner's choice", action="store_true")
+    group.add("print_progress", "progress bars on a terminal", action=argparse.BooleanOptionalAction)

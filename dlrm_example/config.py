@@ -1,0 +1,168 @@
+"""Every setting of a training run in one frozen `TrainConfig`, and the rules its values must keep."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import get_args, get_type_hints
+
+from cce_torchrec import METHODS
+from dlrm_example.data import DATASETS
+
+INTERACTION_TYPES = ("original", "dcn", "projection")
+
+OptionValue = int | float | bool | str
+
+
+class UsageError(ValueError):
+    """A flag's value is unknown, contradicts another, or asks for what cannot be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train on what; `cli.py` says what each field means, in the help of the flag of the same name."""
+
+    run_dir: str
+    dataset_name: str = "movielens_100k"
+    data_path: str | None = None
+    discard_last: int = 0
+
+    method: str = "full"
+    compression: float = 1.0
+    min_compressed_rows: int = 100
+    method_options: Mapping[str, OptionValue] = field(default_factory=dict)
+    recluster_count: int = 6
+    recluster_stop_after: float = 0.8
+
+    embedding_dim: int = 32
+    dense_arch_layer_sizes: tuple[int, ...] = (64, 32)
+    over_arch_layer_sizes: tuple[int, ...] = (128, 64, 1)
+    interaction_type: str = "original"
+    dcn_num_layers: int = 3
+    dcn_low_rank_dim: int = 64
+    interaction_branch1_layer_sizes: tuple[int, ...] = (128, 64)
+    interaction_branch2_layer_sizes: tuple[int, ...] = (128, 64)
+
+    learning_rate: float = 0.02
+    eps: float = 1e-8
+    adagrad: bool = False
+    epochs: int = 10
+    batch_size: int = 1024
+    test_batch_size: int = 4096
+    limit_train_batches: int | None = None
+    limit_val_batches: int | None = None
+    limit_test_batches: int | None = None
+    validation_freq_within_epoch: int | None = None
+    seed: int = 1
+
+    num_threads: int = 1
+    print_sharding_plan: bool = False
+    print_progress: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise a `UsageError` that names the first flag whose value cannot be."""
+        _check_choice("dataset_name", self.dataset_name, DATASETS)
+        _check_choice("method", self.method, METHODS)
+        _check_choice("interaction_type", self.interaction_type, INTERACTION_TYPES)
+        _check_numbers(self)
+        _check_compression(self)
+        _check_layers(self)
+
+
+def default_compression(method: str) -> float:
+    """What `--compression` is where it is not given."""
+    return 1.0 if method == "full" else 8.0
+
+
+def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, OptionValue]:
+    """`["num_columns=4"]` as `{"num_columns": 4}`, by the types of the method's fields.
+
+    Raises:
+        UsageError: no `=`, no such field, or a value that is not of the field's type.
+    """
+    _check_choice("method", method, METHODS)
+    types = get_type_hints(METHODS[method])
+    fields = {name: types[name] for name in METHODS[method].__dataclass_fields__}
+    options: dict[str, OptionValue] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise UsageError(f"--method_options {pair!r} is not key=value")
+        if name not in fields:
+            raise UsageError(f"--method_options {name}: method {method} has no such field; it has {_listed(fields)}")
+        options[name] = _typed(name, text, fields[name])
+    return options
+
+
+def _typed(name: str, text: str, wanted: object) -> OptionValue:
+    """`text` as the first of int, float, bool and str that the field's type allows and that reads it."""
+    allowed = get_args(wanted) or (wanted,)
+    if bool in allowed and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for number in (int, float):
+        if number in allowed:
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    if str in allowed or text in allowed:
+        return text
+    raise UsageError(f"--method_options {name}={text!r}: expected {getattr(wanted, '__name__', wanted)}")
+
+
+def _check_choice(name: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"--{name} {value!r} is unknown; there are {_listed(known)}")
+
+
+def _listed(names: Mapping[str, object] | tuple[str, ...]) -> str:
+    return ", ".join(names) or "none"
+
+
+_POSITIVE = (
+    *("embedding_dim", "dcn_num_layers", "dcn_low_rank_dim", "min_compressed_rows", "learning_rate", "eps", "epochs"),
+    *("batch_size", "test_batch_size", "num_threads", "validation_freq_within_epoch"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches"),
+)
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise UsageError(f"--{name} is {value}; it must be above 0")
+    for name in ("discard_last", "recluster_count", "seed"):
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name} is {getattr(config, name)}; it must be 0 or more")
+    if not 0 < config.recluster_stop_after <= 1:
+        raise UsageError(f"--recluster_stop_after is {config.recluster_stop_after}; it is a fraction of training")
+
+
+def _check_compression(config: TrainConfig) -> None:
+    if not (config.compression >= 1 and math.isfinite(config.compression)):
+        raise UsageError(f"--compression is {config.compression}; it must be 1 or more")
+    if config.method == "full" and config.compression != 1:
+        raise UsageError(f"--method full cannot have --compression {config.compression:g}; choose another method")
+
+
+def _check_layers(config: TrainConfig) -> None:
+    sizes = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__ if name.endswith("_layer_sizes")}
+    for name, layers in sizes.items():
+        if not layers or min(layers) < 1:
+            raise UsageError(f"--{name} is {_joined(layers)}; it needs one or more sizes above 0")
+    if config.dense_arch_layer_sizes[-1] != config.embedding_dim:
+        raise UsageError(
+            f"--dense_arch_layer_sizes {_joined(config.dense_arch_layer_sizes)} must end with "
+            f"--embedding_dim {config.embedding_dim}: the dense features become one more embedding"
+        )
+    if config.over_arch_layer_sizes[-1] != 1:
+        raise UsageError(f"--over_arch_layer_sizes {_joined(config.over_arch_layer_sizes)} must end with 1, the logit")
+    for name in ("interaction_branch1_layer_sizes", "interaction_branch2_layer_sizes"):
+        if config.interaction_type == "projection" and sizes[name][-1] % config.embedding_dim:
+            raise UsageError(
+                f"--{name} {_joined(sizes[name])} must end with a multiple of --embedding_dim {config.embedding_dim}"
+            )
+
+
+def _joined(layers: tuple[int, ...]) -> str:
+    return ",".join(map(str, layers))

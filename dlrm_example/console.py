@@ -1,0 +1,31 @@
+"""What a command-line run shows: our log lines and progress on rank 0, without the stack's own chatter."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, or not one of several ranks at all; known before there is a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def set_up_logging() -> None:
+    """Log to standard output. For entry points only: it replaces whatever logging was set up before."""
+    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
+    for name in ("dlrm_example", "cce_torchrec"):
+        logging.getLogger(name).setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    logging.getLogger("torch.fx").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\.")
+
+
+def progress_bar(items: Iterable[T], title: str, total: int, shown: bool) -> Iterable[T]:
+    """The items, with a bar that goes away when it is full; on a terminal only."""
+    return tqdm(items, desc=title, total=total, disable=None if shown else True, leave=False)

@@ -1,0 +1,114 @@
+"""TorchRec's DLRM over compressed tables, sharded by TorchRec's planner, with its optimizers."""
+
+import logging
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.optim.optimizer import Optimizer
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.types import ShardingEnv
+from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
+from dlrm_example.config import TrainConfig
+from dlrm_example.data import DatasetInfo
+from dlrm_example.distributed import World
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(tables: list[CompressedEmbeddingBagConfig], info: DatasetInfo, config: TrainConfig) -> DLRMTrain:
+    """The model on the CPU, unsharded; its weights are a function of the global random state only.
+
+    Embeddings carry a row-wise Adagrad that FBGEMM runs inside the backward pass.
+    """
+    collection = CompressedEmbeddingBagCollection(tables=list(tables), device=torch.device("cpu"))
+    settings = {"lr": config.learning_rate, "eps": config.eps}
+    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), settings)
+    return DLRMTrain(_INTERACTIONS[config.interaction_type](collection, len(info.dense_names), config))
+
+
+def collection_of(model: DLRMTrain) -> CompressedEmbeddingBagCollection:
+    """The tables of an unsharded model."""
+    collection = model.model.sparse_arch.embedding_bag_collection
+    assert isinstance(collection, CompressedEmbeddingBagCollection)
+    return collection
+
+
+def shard_model(model: DLRMTrain, config: TrainConfig, world: World) -> DistributedModelParallel:
+    """Place the tables on the ranks as the planner says; weights are those of the unsharded model."""
+    sharders = get_sharders()
+    planner = EmbeddingShardingPlanner(batch_size=config.batch_size)
+    group = dist.group.WORLD
+    assert group is not None
+    plan = planner.collective_plan(model, sharders, group)
+    if config.print_sharding_plan and world.is_main:
+        logger.info("sharding plan:\n%s", plan)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    sharded = DistributedModelParallel(
+        model, env=ShardingEnv.from_process_group(group), device=world.device, plan=plan, sharders=sharders
+    )
+    sharded.load_state_dict(start)
+    return sharded
+
+
+def build_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
+    """The fused optimizer of the embeddings and one for all that is not updated inside the backward pass.
+
+    The latter holds the dense layers, and the tables that the planner made data-parallel: those ignore the optimizer
+    that was attached to them.
+    """
+    outside = dict(in_backward_optimizer_filter(model.named_parameters()))
+    dense = KeyedOptimizerWrapper(outside, lambda parameters: _dense_optimizer(parameters, config))
+    return CombinedOptimizer([("fused", model.fused_optimizer), ("dense", dense)])
+
+
+def _dense_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> Optimizer:
+    if config.adagrad:
+        return torch.optim.Adagrad(parameters, lr=config.learning_rate, eps=config.eps)
+    return torch.optim.SGD(parameters, lr=config.learning_rate)
+
+
+def _original(collection: nn.Module, num_dense: int, config: TrainConfig) -> DLRM:
+    return DLRM(
+        embedding_bag_collection=collection,
+        dense_in_features=num_dense,
+        dense_arch_layer_sizes=list(config.dense_arch_layer_sizes),
+        over_arch_layer_sizes=list(config.over_arch_layer_sizes),
+    )
+
+
+def _dcn(collection: nn.Module, num_dense: int, config: TrainConfig) -> DLRM:
+    return DLRM_DCN(
+        embedding_bag_collection=collection,
+        dense_in_features=num_dense,
+        dense_arch_layer_sizes=list(config.dense_arch_layer_sizes),
+        over_arch_layer_sizes=list(config.over_arch_layer_sizes),
+        dcn_num_layers=config.dcn_num_layers,
+        dcn_low_rank_dim=config.dcn_low_rank_dim,
+    )
+
+
+def _projection(collection: nn.Module, num_dense: int, config: TrainConfig) -> DLRM:
+    return DLRM_Projection(
+        embedding_bag_collection=collection,
+        dense_in_features=num_dense,
+        dense_arch_layer_sizes=list(config.dense_arch_layer_sizes),
+        over_arch_layer_sizes=list(config.over_arch_layer_sizes),
+        interaction_branch1_layer_sizes=list(config.interaction_branch1_layer_sizes),
+        interaction_branch2_layer_sizes=list(config.interaction_branch2_layer_sizes),
+    )
+
+
+_INTERACTIONS: Mapping[str, Callable[[nn.Module, int, TrainConfig], DLRM]] = {
+    "original": _original,
+    "dcn": _dcn,
+    "projection": _projection,
+}

@@ -1,0 +1,96 @@
+"""The files of a run: `config.json`, `metrics.jsonl` and, once it is finished, `summary.json`."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlrm_example.config import TrainConfig, UsageError
+
+SUMMARY = "summary.json"
+METRICS = "metrics.jsonl"
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a finished run comes to.
+
+    `best_val_bce` and `best_val_auroc` are each the best of all evaluations; `test_bce` and `test_auroc` were measured
+    at the evaluation with the best validation BCE. `train_seconds` leaves out evaluations and re-clusterings.
+    """
+
+    method: str
+    embedding_params: int
+    full_embedding_params: int
+    compression_params: float
+    compression_bytes: float
+    best_val_bce: float
+    best_val_auroc: float
+    best_step: int
+    best_epoch: int
+    test_bce: float
+    test_auroc: float
+    steps: int
+    train_seconds: float
+    recluster_seconds: float
+    reclusterings: int
+    world_size: int
+    seed: int
+
+
+class RunFiles:
+    """Writes on rank 0 only; on other ranks every call does nothing."""
+
+    def __init__(self, run_dir: str, is_main: bool) -> None:
+        self.folder = Path(run_dir)
+        self._is_main = is_main
+
+    def start(self, config: TrainConfig, versions: dict[str, str]) -> None:
+        """Empty the folder of an earlier run's files and write the config.
+
+        Raises:
+            UsageError: a finished run is there and `--overwrite` is not given, or the folder cannot be made.
+        """
+        check_free(self.folder, config.overwrite)
+        if not self._is_main:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--run_dir {self.folder}: {error}") from None
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        (self.folder / METRICS).write_text("")
+        write_atomically(self.folder / CONFIG, {**dataclasses.asdict(config), "versions": versions})
+
+    def log(self, **row: Any) -> None:
+        """Append one line to the metrics; on disk before the call returns, whatever happens next."""
+        if self._is_main:
+            with open(self.folder / METRICS, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def finish(self, summary: Summary) -> None:
+        if self._is_main:
+            write_atomically(self.folder / SUMMARY, dataclasses.asdict(summary))
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    if (folder / SUMMARY).exists() and not overwrite:
+        raise UsageError(f"--run_dir {folder} holds a finished run: give --overwrite, or another folder")
+
+
+def write_atomically(path: Path, content: dict[str, Any]) -> None:
+    """A reader sees the whole file or the one before, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def read_summary(folder: Path) -> Summary:
+    return Summary(**json.loads((folder / SUMMARY).read_text()))
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]

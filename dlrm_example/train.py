@@ -1,0 +1,142 @@
+"""Train a DLRM: `python -m dlrm_example.train --method cce --run_dir runs/x`, on several ranks with torchrun.
+
+The steps: data -> a method for every table -> DLRM -> sharded model -> training loop -> summary.
+"""
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import torch
+
+from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterSchedule
+from cce_torchrec.memory import MemoryReport
+from dlrm_example.budget import plan_tables
+from dlrm_example.cli import parse_config
+from dlrm_example.config import TrainConfig, UsageError
+from dlrm_example.console import is_main_process, set_up_logging
+from dlrm_example.data import DATASETS, Dataset, DataUnavailableError
+from dlrm_example.distributed import World, main_rank_first, process_group
+from dlrm_example.model import build_model, build_optimizer, collection_of, shard_model
+from dlrm_example.records import RunFiles, Summary
+from dlrm_example.report import summary_table
+from dlrm_example.trainer import Loaders, Progress, Trainer, TrainingDivergedError
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 for a finished run, 2 for flags that cannot be, 1 for data or training that failed."""
+    set_up_logging()
+    try:
+        summary = train(parse_config(argv))
+    except (UsageError, DataUnavailableError, TrainingDivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    if is_main_process():
+        print(summary_table([summary]))
+    return 0
+
+
+def train(config: TrainConfig) -> Summary:
+    """One run from data to summary; what it prints and writes, rank 0 prints and writes."""
+    with process_group() as world:
+        set_up_process(config)
+        dataset = load_dataset(config, world)
+        tables = plan_tables(dataset.info, config)
+        files = RunFiles(config.run_dir, world.is_main)
+        files.start(config, versions())
+
+        model = build_model(tables, dataset.info, config)
+        memory = collection_of(model).memory_report()
+        sharded_model = shard_model(model, config, world)
+        optimizer = build_optimizer(sharded_model, config)
+        loaders = make_loaders(dataset, config, world)
+        schedule = make_schedule(tables, len(loaders.train) * config.epochs, config)
+
+        logger.info("embedding tables:\n%s", memory)
+        progress = Trainer(sharded_model, optimizer, loaders, schedule, files, config, world).fit()
+        summary = summarise(progress, memory, config, world)
+        files.finish(summary)
+        return summary
+
+
+def set_up_process(config: TrainConfig) -> None:
+    """Threads, and the random state that every rank starts from."""
+    torch.set_num_threads(config.num_threads)
+    torch.manual_seed(config.seed)
+
+
+def load_dataset(config: TrainConfig, world: World) -> Dataset:
+    """The data set, fetched by rank 0 where it is not cached."""
+    with main_rank_first(world):
+        return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last)
+
+
+def make_loaders(dataset: Dataset, config: TrainConfig, world: World) -> Loaders:
+    """This rank's batches; only training ones are shuffled."""
+    ranks = {"rank": world.rank, "world_size": world.size}
+    test_size = config.test_batch_size
+    return Loaders(
+        train=dataset.loader(
+            "train",
+            batch_size=config.batch_size,
+            limit_batches=config.limit_train_batches,
+            shuffle_seed=config.seed,
+            **ranks,
+        ),
+        val=dataset.loader("val", batch_size=test_size, limit_batches=config.limit_val_batches, **ranks),
+        test=dataset.loader("test", batch_size=test_size, limit_batches=config.limit_test_batches, **ranks),
+    )
+
+
+def make_schedule(
+    tables: list[CompressedEmbeddingBagConfig], total_steps: int, config: TrainConfig
+) -> ReclusterSchedule | None:
+    """When to re-cluster, or None where no table can be or the count is 0."""
+    names = [table.name for table in tables if table.method.reclusterable]
+    if not names or not config.recluster_count:
+        logger.info("no re-clustering (%s)", "--recluster_count 0" if names else f"method {config.method} has none")
+        return None
+    schedule = ReclusterSchedule(
+        total_steps=total_steps,
+        count=config.recluster_count,
+        stop_after_fraction=config.recluster_stop_after,
+        seed=config.seed,
+    )
+    logger.info("re-clustering %s after steps %s of %d", ", ".join(names), schedule.steps, total_steps)
+    return schedule
+
+
+def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, world: World) -> Summary:
+    best = progress.best
+    assert best is not None, "a run evaluates after every epoch"
+    assert best.test is not None, "the best evaluation includes the test split"
+    return Summary(
+        method=config.method,
+        embedding_params=memory.total.num_params,
+        full_embedding_params=memory.total.full_params,
+        compression_params=memory.parameter_ratio,
+        compression_bytes=memory.bytes_ratio,
+        best_val_bce=best.val.bce,
+        best_val_auroc=max(evaluation.val.auroc for evaluation in progress.evaluations),
+        best_step=best.step,
+        best_epoch=best.epoch,
+        test_bce=best.test.bce,
+        test_auroc=best.test.auroc,
+        steps=progress.step,
+        train_seconds=progress.train_seconds,
+        recluster_seconds=progress.recluster_seconds,
+        reclusterings=progress.reclusterings,
+        world_size=world.size,
+        seed=config.seed,
+    )
+
+
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("cce-torchrec", "torch", "torchrec")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
