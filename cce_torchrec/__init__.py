@@ -2,6 +2,11 @@
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import CompressedEmbeddingBagConfig
+from cce_torchrec.distributed import (
+    CompressedEmbeddingBagCollectionSharder,
+    ShardedCompressedEmbeddingBagCollection,
+    get_sharders,
+)
 from cce_torchrec.memory import MemoryReport
 from cce_torchrec.methods import CCE, CE, METHODS, QR, FullTable, HashingTrick
 
@@ -11,8 +16,11 @@ __all__ = [
     "METHODS",
     "QR",
     "CompressedEmbeddingBagCollection",
+    "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
     "FullTable",
     "HashingTrick",
     "MemoryReport",
+    "ShardedCompressedEmbeddingBagCollection",
+    "get_sharders",
 ]

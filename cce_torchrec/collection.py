@@ -58,11 +58,11 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         device = None if device is None else torch.device(device)
         self._configs = list(tables)
         self.bounds_check_mode = bounds_check_mode
-        self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, is_weighted, device)
+        self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, device)
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
         self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)
-        self._rewrite = RowRewriter(self.lowered_tables, [config.name for config in physical], bounds_check_mode)
+        self._rewrite = RowRewriter(self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode)
         self._relabel = Relabel(self.lowered_tables)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -78,7 +78,8 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             ValueError: where a feature or the weights are missing.
             IndexError: where an id is out of bounds and ``bounds_check_mode`` is FATAL.
         """
-        return self._relabel(self._embedding_bag_collection(self._rewrite(features)))
+        pooled = self._embedding_bag_collection(self._rewrite(features))
+        return self._relabel(pooled, self._relabel.factors(features))
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The *logical* configs, as given."""

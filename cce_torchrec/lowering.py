@@ -32,13 +32,11 @@ class LoweredTable:
         config: the logical config.
         row_map: ids to physical rows.
         embedding_names: name of each feature's output: the feature's own, or ``f@t`` where several tables share it.
-        is_weighted: whether the collection's KJTs carry weights.
     """
 
     config: EmbeddingBagConfig
     row_map: RowMap
     embedding_names: list[str]
-    is_weighted: bool
 
     @property
     def name(self) -> str:
@@ -54,23 +52,19 @@ class LoweredTable:
         return [self._column_name(self.name, column) for column in range(len(self.row_map.columns))]
 
     @property
-    def weights_hold_mean(self) -> bool:
-        """Weighted MEAN is lowered to SUM with every weight divided by its bag's length."""
-        return self.is_weighted and self.config.pooling == PoolingType.MEAN
-
-    @property
-    def output_scale(self) -> float:
-        """What the pooled output must be multiplied by; a plain MEAN divides by R ids too many."""
-        plain_mean = self.config.pooling == PoolingType.MEAN and not self.is_weighted
-        return self.row_map.scale * (self.row_map.rows_per_id if plain_mean else 1)
+    def is_mean(self) -> bool:
+        """Whether pooled outputs are divided by the length of their bag."""
+        return self.config.pooling == PoolingType.MEAN
 
     def output_names(self, feature: int) -> list[str]:
         """Names of the physical features whose outputs, side by side, are that of logical feature ``feature``."""
-        return [self._column_name(self.embedding_names[feature], column) for column in range(len(self.row_map.columns))]
+        # '@' in a feature's name means something to TorchRec: a feature that several of *its* tables share.
+        name = self.embedding_names[feature].replace("@", "#")
+        return [self._column_name(name, column) for column in range(len(self.row_map.columns))]
 
     @cached_property
     def physical_configs(self) -> list[EmbeddingBagConfig]:
-        """Configs of the physical tables, column by column."""
+        """Configs of the physical tables, column by column; they pool by SUM, a MEAN divides afterwards."""
         assert self.config.init_fn is not None
         summands = self.row_map.rows_per_id
         return [
@@ -79,10 +73,9 @@ class LoweredTable:
                 num_embeddings=size.num_rows,
                 embedding_dim=size.dim,
                 data_type=self.config.data_type,
-                feature_names=[self._column_name(name, column) for name in self.embedding_names],
-                pooling=PoolingType.SUM if self.weights_hold_mean else self.config.pooling,
-                weight_init_max=self.config.weight_init_max,
-                weight_init_min=self.config.weight_init_min,
+                feature_names=[self.output_names(feature)[column] for feature in range(len(self.embedding_names))],
+                weight_init_max=self.config.get_weight_init_max() * summands**-0.5,
+                weight_init_min=self.config.get_weight_init_min() * summands**-0.5,
                 init_fn=self.config.init_fn if summands == 1 else partial(_init_summand, self.config.init_fn, summands),
             )
             for column, size in enumerate(self.row_map.columns)
@@ -90,7 +83,7 @@ class LoweredTable:
 
 
 def lower_tables(
-    configs: Sequence[EmbeddingBagConfig], is_weighted: bool, device: torch.device | None
+    configs: Sequence[EmbeddingBagConfig], device: torch.device | None
 ) -> list[LoweredTable]:
     """Build the id -> rows function of every table and lay out its physical tables.
 
@@ -105,7 +98,6 @@ def lower_tables(
             config,
             method_of(config).row_map(config.name, config.num_embeddings, config.embedding_dim, device),
             embedding_names,
-            is_weighted,
         )
         for config, embedding_names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True)
     ]

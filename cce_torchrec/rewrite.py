@@ -5,6 +5,7 @@ Every id of feature f becomes R rows in each of the features ``f:0 .. f:c-1``; a
 Shapes: F logical features, P physical features, B batch size, N ids of one table, C columns, R rows an id and column.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -42,15 +43,22 @@ class RowRewriter:
     Args:
         tables: the lowered tables of the collection.
         physical_tables: names of the physical tables to produce rows for, in the order the lookup expects them.
+        is_weighted: whether the KJTs carry weights.
         mode: what to do with ids out of bounds.
     """
 
-    def __init__(self, tables: Sequence[LoweredTable], physical_tables: Sequence[str], mode: BoundsCheckMode) -> None:
+    def __init__(
+        self,
+        tables: Sequence[LoweredTable],
+        physical_tables: Sequence[str],
+        is_weighted: bool,
+        mode: BoundsCheckMode,
+    ) -> None:
         table_of = {name: table for table in tables for name in table.physical_names}
         self.tables = list({table_of[name].name: table_of[name] for name in physical_tables}.values())
         self.features = [feature for table in self.tables for feature in table.config.feature_names]
         self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self.tables]
-        self._is_weighted = any(table.is_weighted for table in self.tables)
+        self._is_weighted = is_weighted
         self._layout(physical_tables, table_of)
 
     def _layout(self, physical_tables: Sequence[str], table_of: dict[str, LoweredTable]) -> None:
@@ -96,16 +104,15 @@ class RowRewriter:
         self._feature_P = self._feature_P.to(lengths_FB.device)
         self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)
         ends = features.offset_per_key()
-        ids = _split(features.values(), [ends[end] for end in self._feature_ends])
         rows = [
             table.row_map.rows(check(ids_N) if table.row_map.bounded else ids_N)
-            for table, check, ids_N in zip(self.tables, self._checks, ids, strict=True)
+            for table, check, ids_N in zip(self.tables, self._checks, self._split(features.values(), ends), strict=True)
         ]
         return KeyedJaggedTensor(
             keys=self._keys,
             values=self._gather(rows),
             lengths=(lengths_FB[self._feature_P] * self._rows_per_id_P1.to(lengths_FB.dtype)).view(-1),
-            weights=self._gather(self._weights(features, lengths_FB, ends)) if self._is_weighted else None,
+            weights=self._gather(self._weights(features, ends)) if self._is_weighted else None,
             stride=features.stride(),
         )
 
@@ -115,47 +122,53 @@ class RowRewriter:
             return torch.cat([piece.reshape(-1) for piece in pieces])
         return torch.cat([pieces[table][column].reshape(-1) for table, column in self._pieces])
 
-    def _weights(self, features: KeyedJaggedTensor, lengths_FB: Tensor, ends: list[int]) -> list[Tensor]:
+    def _weights(self, features: KeyedJaggedTensor, ends: list[int]) -> list[Tensor]:
         """The weight of every row, a [C, N, R] tensor for each table."""
         if features.weights_or_none() is None:
             raise ValueError("The collection is weighted (is_weighted=True) but the KeyedJaggedTensor has no weights.")
-        weights = features.weights()
-        if any(table.weights_hold_mean for table in self.tables):
-            lengths = lengths_FB.reshape(-1)
-            per_id = weights / torch.repeat_interleave(lengths, lengths, output_size=weights.numel())
+        return [
+            weights_N.view(1, -1, 1).expand(len(table.row_map.columns), -1, table.row_map.rows_per_id)
+            for table, weights_N in zip(self.tables, self._split(features.weights(), ends), strict=True)
+        ]
+
+    def _split(self, values: Tensor, ends: list[int]) -> list[Tensor]:
+        """Cut what is stored by feature into what belongs to each table."""
         cuts = [ends[end] for end in self._feature_ends]
-        expanded = []
-        for t, table in enumerate(self.tables):
-            weights_N = _split(per_id if table.weights_hold_mean else weights, cuts)[t]
-            shape = (len(table.row_map.columns), weights_N.numel(), table.row_map.rows_per_id)
-            expanded.append(weights_N.view(1, -1, 1).expand(shape))
-        return expanded
-
-
-def _split(values: Tensor, ends: list[int]) -> list[Tensor]:
-    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        return [values[start:end] for start, end in itertools.pairwise([0, *cuts])]
 
 
 class Relabel:
-    """Gives the outputs of the physical features back their logical names: the columns of f side by side are f."""
+    """Gives the outputs of the physical features back their logical names: the columns of f side by side are f.
+
+    Also where MEAN pooling divides by the length of the bag and where a method's scale is applied.
+    """
 
     def __init__(self, tables: Sequence[LoweredTable]) -> None:
         outputs = [(table, f) for table in tables for f in range(len(table.embedding_names))]
         self._physical = [name for table, f in outputs for name in table.output_names(f)]
-        self.keys = [table.embedding_names[f] for table, f in outputs]
+        self._keys = [table.embedding_names[f] for table, f in outputs]
         self._dims = [table.config.embedding_dim for table, _ in outputs]
-        scales = [table.output_scale for table, _ in outputs]
-        self._scale_D = (
-            torch.tensor(scales).repeat_interleave(torch.tensor(self._dims)) if any(s != 1 for s in scales) else None
-        )
+        self.features = [table.config.feature_names[f] for table, f in outputs]
+        self._is_mean_F = torch.tensor([table.is_mean for table, _ in outputs])
+        self._scale_F = torch.tensor([table.row_map.scale for table, _ in outputs])
+        self._dims_F = torch.tensor(self._dims)
+        self.needs_factors = bool(self._is_mean_F.any() or (self._scale_F != 1).any())
 
-    def __call__(self, pooled: KeyedTensor) -> KeyedTensor:
-        """Rename, and reorder and scale only where needed."""
+    def factors(self, features: KeyedJaggedTensor) -> Tensor | None:
+        """What to multiply the summed vectors of this batch by: [B, F], or ``None`` for 1."""
+        if not self.needs_factors:
+            return None
+        lengths_FB = select_features(features, self.features).lengths().view(len(self.features), -1)
+        is_mean_F, scale_F = self._is_mean_F.to(lengths_FB.device), self._scale_F.to(lengths_FB.device)
+        return scale_F / torch.where(is_mean_F, lengths_FB.T.clamp(min=1), 1)
+
+    def __call__(self, pooled: KeyedTensor, factors_BF: Tensor | None) -> KeyedTensor:
+        """Rename; reorder and scale only where needed."""
         if pooled.keys() == self._physical:
             values_BD = pooled.values()
         else:
             values_BD = KeyedTensor.regroup([pooled], [self._physical])[0]
-        if self._scale_D is not None:
-            self._scale_D = self._scale_D.to(values_BD.device)
-            values_BD = values_BD * self._scale_D
-        return KeyedTensor(keys=self.keys, length_per_key=self._dims, values=values_BD)
+        if factors_BF is not None:
+            dims_F = self._dims_F.to(values_BD.device)
+            values_BD = values_BD * factors_BF.repeat_interleave(dims_F, dim=1, output_size=values_BD.shape[1])
+        return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values_BD)

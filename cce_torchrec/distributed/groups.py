@@ -1,0 +1,104 @@
+"""Where ids become rows: one group a sharding type of the inner collection, on the client or on the owner.
+
+* ``client``: every rank rewrites its own batch, and rows travel (row-wise codebooks: only the row tells the owner).
+* ``owner``: ids travel, once a table and owner instead of c * R rows each, and the owner of the codebook rewrites them.
+
+Both have the same two steps: :meth:`distribute` before the all-to-all, :meth:`localize` after it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import nn
+from torchrec.distributed.embedding_sharding import EmbeddingSharding
+from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
+from torchrec.distributed.types import Awaitable, ShardingEnv, ShardingType
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.rewrite import RowRewriter, select_features
+
+CLIENT_SIDE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
+
+
+class Group(Protocol):
+    """The path of a batch to the lookup of one sharding type."""
+
+    input_dist: nn.Module
+    rewrites_before_dist: bool
+
+    def distribute(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
+        """What this rank sends, and the awaitable of what it will receive."""
+
+    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
+        """What this rank looks up."""
+
+
+class ClientGroup:
+    """Rewrite, then send rows."""
+
+    rewrites_before_dist = True
+
+    def __init__(self, sharding: EmbeddingSharding, rewriter: RowRewriter) -> None:
+        self.input_dist = sharding.create_input_dist()
+        self._rewrite = rewriter
+
+    def distribute(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:  # noqa: D102
+        rows = self._rewrite(features)
+        return rows, self.input_dist(rows)
+
+    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:  # noqa: D102
+        return received
+
+
+class OwnerGroup:
+    """Send ids, then rewrite what belongs to the codebooks of this rank."""
+
+    rewrites_before_dist = False
+
+    def __init__(self, input_dist: nn.Module, features: list[str], rewriter: RowRewriter) -> None:
+        self.input_dist = input_dist
+        self._features = features
+        self._rewrite = rewriter
+
+    def distribute(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:  # noqa: D102
+        ids = select_features(features, self._features)
+        return ids, self.input_dist(ids)
+
+    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:  # noqa: D102
+        return self._rewrite(received)
+
+
+def _tables_of_features(tables: Sequence[LoweredTable], features: list[str]) -> list[str]:
+    """The physical tables behind a list of physical features, as it comes from TorchRec: all of a table's in a row."""
+    config_of = {f: config for table in tables for config in table.physical_configs for f in config.feature_names}
+    names, position = [], 0
+    while position < len(features):
+        config = config_of[features[position]]
+        names.append(config.name)
+        position += len(config.feature_names)
+    return names
+
+
+def make_group(
+    sharding_type: str,
+    sharding: EmbeddingSharding,
+    tables: Sequence[LoweredTable],
+    env: ShardingEnv,
+    is_weighted: bool,
+    mode: BoundsCheckMode,
+) -> Group:
+    """Choose the side on which the rows of one sharding type are computed."""
+
+    def rewriter(physical_features: list[str]) -> RowRewriter:
+        return RowRewriter(tables, _tables_of_features(tables, physical_features), is_weighted, mode)
+
+    if sharding_type in CLIENT_SIDE:
+        return ClientGroup(sharding, rewriter(sharding.feature_names()))
+    if sharding_type == ShardingType.DATA_PARALLEL.value:
+        local = rewriter(sharding.feature_names())
+        return OwnerGroup(sharding.create_input_dist(), local.features, local)
+    per_rank = [rewriter(names) for names in sharding.feature_names_per_rank()]
+    input_dist = TwSparseFeaturesDist(env.process_group, [len(rank.features) for rank in per_rank])
+    return OwnerGroup(input_dist, [name for rank in per_rank for name in rank.features], per_rank[env.rank])

@@ -1,0 +1,236 @@
+"""The compressed collection across ranks: TorchRec's sharded collection of codebooks, with ids rewritten on the way.
+
+    KJT of ids -> groups distribute (all-to-all) -> groups localize (rows) -> sharded EBC lookup -> its output dist -> Relabel
+
+It holds a ``ShardedEmbeddingBagCollection`` rather than being one, so that every sharding type, kernel and optimizer of
+TorchRec stays TorchRec's own code.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
+from torch import Tensor, nn
+from torchrec.distributed.embedding_sharding import (
+    EmbeddingShardingContext,
+    FusedKJTListSplitsAwaitable,
+    KJTListSplitsAwaitable,
+)
+from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
+from torchrec.distributed.embeddingbag import (
+    EmbeddingBagCollectionContext,
+    EmbeddingBagCollectionSharder,
+    ShardedEmbeddingBagCollection,
+)
+from torchrec.distributed.types import (
+    Awaitable,
+    LazyAwaitable,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingType,
+)
+from torchrec.distributed.utils import append_prefix
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.distributed.groups import make_group
+from cce_torchrec.lowering import LoweredTable, lower_tables
+from cce_torchrec.memory import MemoryReport, memory_report
+from cce_torchrec.rewrite import Relabel
+
+
+@dataclass
+class CompressedContext(EmbeddingBagCollectionContext):
+    """What a batch carries from its input dist to its output dist.
+
+    Attributes:
+        features: the raw batch, kept while rows computed from it may become stale.
+        version: that of the assignments its rows were computed from.
+        factors_BF: what its pooled vectors are multiplied by (MEAN pooling, scales).
+        localized: whether its rows stand where its ids stood (after a prefetch).
+    """
+
+    features: KeyedJaggedTensor | None = None
+    version: int = -1
+    factors_BF: Tensor | None = None
+    localized: bool = False
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory of the batch until ``stream`` is done with it."""
+        super().record_stream(stream)
+        for tensor in (self.features, self.factors_BF):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+
+class ShardedCompressedEmbeddingBagCollection(
+    ShardedEmbeddingModule[KJTList, list[Tensor], KeyedTensor, CompressedContext]
+):
+    """A :class:`CompressedEmbeddingBagCollection` sharded by a TorchRec plan; made by its sharder.
+
+    Args:
+        module: the unsharded collection, on any device; weights survive unless it is on "meta".
+        params: the plan, by physical table.
+        ebc_sharder: shards the inner collection.
+        env: ranks and process group.
+        device: of this rank.
+        bounds_check_mode: what an id out of bounds does; the module's own where ``None``.
+        module_fqn: the module's name in the model.
+    """
+
+    def __init__(
+        self,
+        module: CompressedEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        ebc_sharder: EmbeddingBagCollectionSharder,
+        env: ShardingEnv,
+        device: torch.device,
+        bounds_check_mode: BoundsCheckMode | None = None,
+        module_fqn: str | None = None,
+    ) -> None:
+        super().__init__(qcomm_codecs_registry=ebc_sharder.qcomm_codecs_registry)
+        self._env, self._device = env, device
+        self._configs = module.embedding_bag_configs()
+        self._is_weighted = module.is_weighted()
+        self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, device)
+        self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
+        self._embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
+            module._embedding_bag_collection, params, env=env, device=device, module_fqn=module_fqn
+        )
+        self._take_over_state(module)
+        inner = self._embedding_bag_collection
+        mode = module.bounds_check_mode if bounds_check_mode is None else bounds_check_mode
+        self._groups = [
+            make_group(sharding_type, sharding, self.lowered_tables, env, self._is_weighted, mode)
+            for sharding_type, sharding in zip(inner._sharding_types, inner._embedding_shardings, strict=True)
+        ]
+        # Pipelines look for these: they fuse the all-to-alls of all input dists and copy lookups to their streams.
+        self._input_dists = [group.input_dist for group in self._groups]
+        self._lookups, self._output_dists = inner._lookups, inner._output_dists
+        inner._has_uninitialized_input_dist = False  # its input_dist is never called: the groups' are
+        self._relabel = Relabel(self.lowered_tables)
+        self._keeps_features = any(group.rewrites_before_dist for group in self._groups)
+        self._version = 0
+        self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
+
+    @torch.no_grad()
+    def _take_over_state(self, module: CompressedEmbeddingBagCollection) -> None:
+        """Copy weights and assignments of a real module; initialise those of a meta one."""
+        inner = self._embedding_bag_collection
+        if module.device.type == "meta":
+            for config in inner._embedding_bag_configs:
+                weight = inner.embedding_bags[config.name].weight
+                if weight.numel():
+                    config.init_fn(weight)
+        else:
+            inner.load_state_dict(module._embedding_bag_collection.state_dict())
+            self._row_maps.load_state_dict(module._row_maps.state_dict())
+        replicated = [
+            inner.embedding_bags[name].weight
+            for name, sharding in inner.module_sharding_plan.items()
+            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        ]
+        for tensor in (*replicated, *self._row_maps.buffers()):  # ranks may have been built from different seeds
+            dist.broadcast(tensor.data, dist.get_global_rank(self._env.process_group, 0), self._env.process_group)
+
+    def create_context(self) -> CompressedContext:
+        """A fresh context for one batch."""
+        return CompressedContext()
+
+    def input_dist(self, ctx: CompressedContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        """Start sending the batch where it is looked up: as ids to owners, as rows to row-wise codebooks."""
+        with torch.no_grad():
+            ctx.version = self._version
+            ctx.features = features if self._keeps_features else None
+            ctx.factors_BF = self._relabel.factors(features)
+            awaitables = []
+            for group in self._groups:
+                sent, received = group.distribute(features)
+                awaitables.append(received)
+                ctx.sharding_contexts.append(
+                    EmbeddingShardingContext(
+                        batch_size_per_feature_pre_a2a=sent.stride_per_key(),
+                        variable_batch_per_feature=sent.variable_stride_per_key(),
+                    )
+                )
+            return KJTListSplitsAwaitable(awaitables, ctx)
+
+    def _localize(self, ctx: CompressedContext, received: KJTList) -> KJTList:
+        """Rows to look up on this rank; those computed before a re-clustering are computed again."""
+        if ctx.localized:
+            return received
+        if ctx.features is not None and ctx.version != self._version:
+            features = ctx.features
+            ctx.sharding_contexts.clear()
+            # Pipelines replace the all-to-all by one that returns its splits, which only this awaitable can wait for.
+            request = self.input_dist(ctx, features)
+            received = FusedKJTListSplitsAwaitable([request], [ctx], self._env.process_group).wait()[0].wait()
+        ctx.features = None
+        return KJTList([group.localize(kjt) for group, kjt in zip(self._groups, received, strict=True)])
+
+    def compute(self, ctx: CompressedContext, dist_input: KJTList) -> list[Tensor]:
+        """Look up what this rank received."""
+        return self._embedding_bag_collection.compute(ctx, self._localize(ctx, dist_input))
+
+    def output_dist(self, ctx: CompressedContext, output: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
+        """Send pooled vectors back and name them."""
+        return self._named(ctx, self._embedding_bag_collection.output_dist(ctx, output))
+
+    def compute_and_output_dist(self, ctx: CompressedContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
+        """Look up, send back and name; lookups of one sharding type overlap with the collectives of another."""
+        rows = self._localize(ctx, input)
+        return self._named(ctx, self._embedding_bag_collection.compute_and_output_dist(ctx, rows))
+
+    def _named(self, ctx: CompressedContext, pooled: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
+        factors_BF = ctx.factors_BF
+        pooled.callbacks.append(lambda values: self._relabel(values, factors_BF))
+        return pooled
+
+    def prefetch(
+        self, dist_input: KJTList, forward_stream: torch.Stream | None = None, ctx: CompressedContext | None = None
+    ) -> None:
+        """Bring the rows of a batch into the caches of the inner collection's kernels."""
+        assert ctx is not None
+        for index, kjt in enumerate(self._localize(ctx, dist_input)):
+            dist_input[index] = kjt
+        ctx.localized = True
+        self._embedding_bag_collection.prefetch(dist_input, forward_stream, ctx)
+
+    def assignments_changed(self) -> None:
+        """Rows computed before now are stale: called after a re-clustering and after loading a checkpoint."""
+        self._version += 1
+
+    def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
+        """The *logical* configs."""
+        return self._configs
+
+    def is_weighted(self) -> bool:
+        """Whether KJTs must carry weights."""
+        return self._is_weighted
+
+    def memory_report(self) -> MemoryReport:
+        """Bytes stored for each table over all ranks, and the compression counted both ways."""
+        state: dict[str, Any] = self._embedding_bag_collection.fused_optimizer.state_dict()["state"]
+        optimizer_bytes = {
+            key.removeprefix("embedding_bags.").removesuffix(".weight"): sum(
+                value.numel() * value.dtype.itemsize for value in tensors.values() if hasattr(value, "dtype")
+            )
+            for key, tensors in state.items()
+        }
+        return memory_report(self.lowered_tables, optimizer_bytes)
+
+    def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
+        """Everything here is kept in step by this module, so DDP must leave it alone: buffers too."""
+        for name, _ in self.named_parameters():
+            yield append_prefix(prefix, name)
+        for name, _ in self.named_buffers():
+            yield append_prefix(prefix, name)
+
+    @property
+    def unsharded_module_type(self) -> type[CompressedEmbeddingBagCollection]:
+        """What this is a sharded version of."""
+        return CompressedEmbeddingBagCollection
