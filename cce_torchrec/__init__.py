@@ -9,6 +9,7 @@ from cce_torchrec.distributed import (
 )
 from cce_torchrec.memory import MemoryReport
 from cce_torchrec.methods import CCE, CE, METHODS, QR, FullTable, HashingTrick
+from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
 
 __all__ = [
     "CCE",
@@ -21,6 +22,10 @@ __all__ = [
     "FullTable",
     "HashingTrick",
     "MemoryReport",
+    "ReclusterConfig",
+    "ReclusterReport",
+    "ReclusterSchedule",
     "ShardedCompressedEmbeddingBagCollection",
     "get_sharders",
+    "recluster",
 ]

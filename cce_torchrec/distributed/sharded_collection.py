@@ -208,6 +208,11 @@ class ShardedCompressedEmbeddingBagCollection(
         """The *logical* configs."""
         return self._configs
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The ranks that share this collection."""
+        return self._env.process_group
+
     def is_weighted(self) -> bool:
         """Whether KJTs must carry weights."""
         return self._is_weighted

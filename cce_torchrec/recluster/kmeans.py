@@ -1,0 +1,554 @@
+"""Weighted K-means in plain PyTorch: one loop for a CPU, a GPU, one process or many.
+
+    minimise  sum_n w_n min_k |x_n - c_k|^2      over the centroids c_1 .. c_K
+
+Every rank passes its own share of the points; what leaves a rank are the candidates of a seeding round and one sum an
+iteration, through the :class:`~cce_torchrec.recluster.collectives.Collectives` it is given. The result does not depend on
+how the points are split: random draws are hashes of (seed, round, point id), sums are float64, and the nearest centroid
+is exact, so rounding in a matrix product cannot send a point elsewhere on another rank.
+
+The nearest centroid is where the time goes. Per block of points (small enough to stay in cache) it is a matrix product and
+a minimum in two levels: a vectorised ``amin`` over strided classes of centroids (arg-min kernels are several times slower
+than ``amin`` on a CPU), then the arg-min of the few class minima and of the winning class. The same two small arrays
+give the runner-up, hence a proof that rounding did not matter; the rare points without one are redone in float64.
+
+Legend: N local points, D dimensions, K centroids, B points of a block, G x C classes of centroids (K padded to G * C),
+M candidates, F freshly chosen centroids, E = D + 1 moments.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cce_torchrec.hashing import derive_seed, mix64
+from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
+
+_CPU_BLOCK_ELEMENTS = 2**21  # scores of a block: 8 MiB of float32
+_CUDA_BLOCK_ELEMENTS = 2**25
+_BLOCKS_OF_A_CHUNK = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class KMeansResult:
+    """What :func:`kmeans` found; the same on every rank.
+
+    Attributes:
+        centroids_KD: the centroids, in the dtype the distances were computed in.
+        objective: sum of w_n |x_n - nearest centroid|^2 over all points of all ranks, for exactly these centroids.
+        objectives: the objective before each update and at the end: ``objectives[-1] == objective``.
+        iterations: updates of the centroids that were made.
+        num_empty: centroids that are nearest to no point.
+        num_refilled: how often a centroid without points was moved to a badly served point.
+        converged: whether the loop stopped because the objective no longer improved.
+    """
+
+    centroids_KD: Tensor
+    objective: float
+    objectives: tuple[float, ...]
+    iterations: int
+    num_empty: int
+    num_refilled: int
+    converged: bool
+
+
+@torch.no_grad()
+def kmeans(
+    points_ND: Tensor,
+    num_centroids: int,
+    *,
+    seed: int,
+    point_ids_N: Tensor,
+    weights_N: Tensor | None = None,
+    num_iterations: int = 25,
+    tolerance: float = 1e-4,
+    initial_centroids_KD: Tensor | None = None,
+    collectives: Collectives | None = None,
+    block: int | None = None,
+) -> KMeansResult:
+    """Cluster the points of all ranks; the result is the same on every rank and for every split of the points.
+
+        c_k  <-  sum_{n nearest to k} w_n x_n / sum_{n nearest to k} w_n
+
+    Where there are at most K distinct points, each of them is a centroid exactly and the objective is 0. A centroid left
+    without points is moved to a point drawn with probability proportional to w_n |x_n - nearest centroid|^2.
+
+    Args:
+        points_ND: this rank's points, [N, D] of a floating dtype; N may differ between ranks and may be 0. Half
+            precision is computed in float32.
+        num_centroids: K.
+        seed: the source of all randomness.
+        point_ids_N: int64 [N], the global identity of each point, distinct over all ranks.
+        weights_N: [N], at least 0; a point of weight 0 counts for nothing. Default: all 1.
+        num_iterations: the largest number of updates; 0 returns the seeding.
+        tolerance: stop when an update improves the objective by less than this share of it.
+        initial_centroids_KD: [K, D], the same on every rank, instead of the seeding.
+        collectives: how to reach the other ranks. Default: there are none.
+        block: points whose K distances are held at a time. Default: what fits a cache.
+
+    Returns:
+        The centroids and how they were reached.
+
+    Raises:
+        ValueError: on every rank, where points or weights are not finite, a weight is negative, there is no point of
+            positive weight on any rank, or the ranks pass different D, K, seed or dtype.
+        RuntimeError: on every rank, where another rank failed.
+
+    Example:
+        >>> points = torch.tensor([[0.0], [0.2], [5.0], [5.2]])
+        >>> kmeans(points, 2, seed=0, point_ids_N=torch.arange(4)).centroids_KD.flatten().sort().values
+        tensor([0.1000, 5.1000])
+    """
+    ranks = LocalCollectives() if collectives is None else collectives
+    with ranks.guard():
+        _check_arguments(points_ND, num_centroids, point_ids_N, weights_N, num_iterations, initial_centroids_KD)
+        dtype = torch.float64 if points_ND.dtype == torch.float64 else torch.float32
+        points_ND = points_ND.detach().to(dtype)
+        weights_N = points_ND.new_ones(len(points_ND)) if weights_N is None else weights_N.detach()
+        weights_N = weights_N.to(points_ND.device, torch.float64)
+    _check_together(points_ND, weights_N, num_centroids, seed, ranks)
+    with ranks.guard():
+        share = _Share.of_positive_weight(points_ND, point_ids_N.to(points_ND.device), weights_N)
+        few = _distinct_rows(share.points_ND, num_centroids)
+    distinct = _few_distinct_points(few, share.points_ND, num_centroids, ranks)
+    if distinct is not None:
+        return _lossless(distinct, num_centroids)
+    if initial_centroids_KD is not None:
+        centroids_KD = initial_centroids_KD.detach().to(share.points_ND)
+    else:
+        centroids_KD = _seed_centroids(share, num_centroids, seed, ranks, block)
+    return _lloyd(share, centroids_KD, seed, num_iterations, tolerance, ranks, block)
+
+
+@torch.no_grad()
+def assign_nearest(points_ND: Tensor, centroids_KD: Tensor, *, block: int | None = None) -> tuple[Tensor, Tensor]:
+    """The nearest centroid of every point, exactly; the lowest index among equals.
+
+        assignment_n = argmin_k |x_n - c_k|^2
+
+    Args:
+        points_ND: [N, D] of a floating dtype; N may be 0.
+        centroids_KD: [K, D], K at least 1.
+        block: points whose K distances are held at a time: the extra memory is about ``4 * block * K`` bytes. Default:
+            what fits a cache.
+
+    Returns:
+        The assignment, int64 [N], and the squared distance [N], computed from the difference of the two vectors, so
+        that a point that equals its centroid has 0.
+
+    Raises:
+        ValueError: where the shapes do not match or there is no centroid.
+
+    Example:
+        >>> assign_nearest(torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [4.0]]))
+        (tensor([0, 1]), tensor([1., 0.]))
+    """
+    if points_ND.dim() != 2 or centroids_KD.dim() != 2 or points_ND.shape[1] != centroids_KD.shape[1]:
+        raise ValueError(f"need [N, D] points and [K, D] centroids, got {points_ND.shape} and {centroids_KD.shape}.")
+    if len(centroids_KD) == 0:
+        raise ValueError("there are no centroids to assign points to: pass at least one row.")
+    dtype = torch.float64 if points_ND.dtype == torch.float64 else torch.float32
+    search = _Search(centroids_KD.to(points_ND.device, dtype), block)
+    assignment_N = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
+    distance_N = torch.empty(len(points_ND), dtype=dtype, device=points_ND.device)
+    with _true_float32(points_ND.device):
+        for at in search.chunks(len(points_ND)):
+            assignment_N[at], distance_N[at] = search.nearest(points_ND[at].to(dtype))
+    return assignment_N, distance_N
+
+
+# --- what a rank holds, and whether it may start ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Share:
+    """This rank's points of positive weight."""
+
+    points_ND: Tensor
+    ids_N: Tensor
+    weights_N: Tensor  # float64
+
+    @classmethod
+    def of_positive_weight(cls, points_ND: Tensor, ids_N: Tensor, weights_N: Tensor) -> "_Share":
+        keep_N = weights_N > 0
+        if not bool(keep_N.all()):
+            points_ND, ids_N, weights_N = points_ND[keep_N], ids_N[keep_N], weights_N[keep_N]
+        return cls(points_ND=points_ND.contiguous(), ids_N=ids_N, weights_N=weights_N)
+
+
+def _check_arguments(
+    points_ND: Tensor,
+    num_centroids: int,
+    point_ids_N: Tensor,
+    weights_N: Tensor | None,
+    num_iterations: int,
+    initial_centroids_KD: Tensor | None,
+) -> None:
+    """What one rank can see to be wrong with its own arguments."""
+    if points_ND.dim() != 2 or points_ND.shape[1] == 0 or not points_ND.dtype.is_floating_point:
+        raise ValueError(f"points must be floating [N, D], got {points_ND.dtype} {tuple(points_ND.shape)}.")
+    if num_centroids < 1 or num_iterations < 0:
+        raise ValueError(f"num_centroids={num_centroids} must be >= 1 and num_iterations={num_iterations} >= 0.")
+    if point_ids_N.shape != points_ND.shape[:1] or point_ids_N.dtype != torch.int64:
+        raise ValueError(f"need int64 [{len(points_ND)}] ids, got {point_ids_N.dtype} {tuple(point_ids_N.shape)}.")
+    if weights_N is not None and weights_N.shape != points_ND.shape[:1]:
+        raise ValueError(f"need [{len(points_ND)}] weights, one a point, got {tuple(weights_N.shape)}.")
+    if initial_centroids_KD is not None and initial_centroids_KD.shape != (num_centroids, points_ND.shape[1]):
+        expected = (num_centroids, points_ND.shape[1])
+        raise ValueError(f"initial centroids must be {expected}, got {tuple(initial_centroids_KD.shape)}.")
+
+
+def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, seed: int, ranks: Collectives) -> None:
+    """What the ranks can only see together; raises the same ValueError on all of them."""
+    with ranks.guard():
+        limit = math.sqrt(torch.finfo(points_ND.dtype).max / points_ND.shape[1]) / 16
+        bad_points = int((~(points_ND.abs() < limit).all(dim=1)).sum())
+        bad_weights = int((~((weights_N >= 0) & (weights_N < torch.inf))).sum())
+        counts = [bad_points, bad_weights, int((weights_N > 0).sum()), len(points_ND)]
+        same = [num_centroids, derive_seed(seed), points_ND.shape[1], points_ND.dtype.itemsize]
+        local = torch.tensor([counts + same])
+    table = ranks.all_gather_rows(local)
+    bad_points, bad_weights, usable, total = table[:, :4].sum(dim=0).tolist()
+    names = ("num_centroids", "seed", "points.shape[1]", "bytes of a number")
+    for name, values in zip(names, table[:, 4:].T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} must be the same on all ranks, got {values} for ranks 0..{len(values) - 1}.")
+    if bad_points:
+        raise ValueError(f"{bad_points} of {total} points are not finite (or above {limit:.1e}, where squares overflow).")
+    if bad_weights:
+        raise ValueError(f"{bad_weights} of {total} weights are negative or not finite.")
+    if usable == 0:
+        raise ValueError(f"nothing to cluster: {total} points on {ranks.world_size} rank(s), none of positive weight.")
+
+
+def _distinct_rows(points_ND: Tensor, limit: int) -> Tensor | None:
+    """The distinct rows in lexicographic order, or None where there are more than ``limit``; stops at the first proof."""
+    found = points_ND[:0]
+    for chunk in points_ND.split(2 * limit + 1024):
+        found = torch.unique(torch.cat([found, chunk]), dim=0)
+        if len(found) > limit:
+            return None
+    return found
+
+
+def _few_distinct_points(few: Tensor | None, points_ND: Tensor, limit: int, ranks: Collectives) -> Tensor | None:
+    """The distinct points of all ranks where there are at most ``limit``, else None on every rank."""
+    if int(ranks.all_reduce_sum(torch.tensor([few is None], dtype=torch.int64))):
+        return None
+    return _distinct_rows(ranks.all_gather_rows(points_ND[:0] if few is None else few), limit)
+
+
+def _lossless(distinct: Tensor, num_centroids: int) -> KMeansResult:
+    """Each distinct point is a centroid; the rest repeat them, which changes nothing."""
+    repeats = torch.arange(num_centroids, device=distinct.device) % len(distinct)
+    return KMeansResult(
+        centroids_KD=distinct[repeats],
+        objective=0.0,
+        objectives=(0.0,),
+        iterations=0,
+        num_empty=num_centroids - len(distinct),
+        num_refilled=0,
+        converged=True,
+    )
+
+
+# --- the nearest centroid --------------------------------------------------------------------------------------------
+
+
+class _Search:
+    """Finds the nearest of fixed centroids, block by block, in buffers it keeps."""
+
+    def __init__(self, centroids_KD: Tensor, block: int | None) -> None:
+        self._first_of_equals_K = _first_of_equals(centroids_KD)
+        self._centroids_KD = centroids_KD[self._first_of_equals_K]
+        K, D = self._centroids_KD.shape
+        dtype, device = centroids_KD.dtype, centroids_KD.device
+        self._classes = K if K <= 32 else 16 * math.ceil(math.sqrt(K) / 16)
+        self._groups = -(-K // self._classes)
+        padding = self._groups * self._classes - K
+        # Distances do not move with the origin, but float32 scores are sharper when it lies among the centroids.
+        self._origin_D = self._centroids_KD.double().mean(dim=0).to(dtype)
+        centred_KD = self._centroids_KD - self._origin_D
+        norms_K = centred_KD.double().square().sum(dim=1).to(dtype)
+        self._norms_K = pad(norms_K, (0, padding), value=torch.inf)
+        self._centred_DK = pad(centred_KD, (0, 0, 0, padding)).T.contiguous()
+        self._rounding = torch.finfo(dtype).eps / 2 * min(D + 3, 8 * math.sqrt(D))
+        self._block = block or _default_block(K, device)
+        self._scores_BK = torch.empty(self._block, self._groups * self._classes, dtype=dtype, device=device)
+
+    def chunks(self, N: int) -> Iterator[slice]:
+        """Cuts N points in chunks for :meth:`nearest`, of several blocks each."""
+        return _slices(N, _BLOCKS_OF_A_CHUNK * self._block)
+
+    def nearest(self, points_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest centroid of each point of a chunk, int64 [N], and the squared distance to it, [N]."""
+        assignment_N, uncertain_N = self._by_scores(points_ND)
+        doubtful = uncertain_N.nonzero().squeeze(1)
+        if len(doubtful):
+            assignment_N[doubtful] = self._by_differences(points_ND[doubtful])
+        nearest_ND = self._centroids_KD.index_select(0, assignment_N)
+        return self._first_of_equals_K[assignment_N], nearest_ND.sub_(points_ND).square_().sum(dim=1)
+
+    def _by_scores(self, points_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """The arg-min of |c|^2 - 2 x.c, and where rounding may have decided it."""
+        N = len(points_ND)
+        centred_ND = points_ND - self._origin_D
+        minima_NC, winners_NG = points_ND.new_empty(N, self._classes), points_ND.new_empty(N, self._groups)
+        best_N1, class_N1 = points_ND.new_empty(N, 1), torch.empty(N, 1, dtype=torch.int64, device=points_ND.device)
+        # Few and large kernels: each one costs a synchronisation of all cores.
+        for at in _slices(N, self._block):
+            centred_BD = centred_ND[at]
+            scores_BK = self._scores_BK[: len(centred_BD)]
+            torch.addmm(self._norms_K, centred_BD, self._centred_DK, alpha=-2, out=scores_BK)
+            scores_BGC = scores_BK.view(-1, self._groups, self._classes)
+            torch.amin(scores_BGC, dim=1, out=minima_NC[at])
+            torch.min(minima_NC[at], dim=1, keepdim=True, out=(best_N1[at], class_N1[at]))
+            class_BG1 = class_N1[at, :, None].expand(-1, self._groups, 1)
+            torch.gather(scores_BGC, 2, class_BG1, out=winners_NG[at].unsqueeze(2))
+        group_N1 = winners_NG.argmin(dim=1, keepdim=True)
+        # The runner-up is the least of what remains in the winning class and of the other classes' minima.
+        others_N = minima_NC.scatter_(1, class_N1, torch.inf).amin(dim=1)
+        runner_up_N = torch.minimum(others_N, winners_NG.scatter_(1, group_N1, torch.inf).amin(dim=1))
+        best_N = best_N1.squeeze(1)
+        # Either score is wrong by at most rounding * (|x| + |c|)^2, and |c| <= |x| + d: 16 |x|^2 + 4 d^2 covers both.
+        slack_N = (centred_ND.square_().sum(dim=1) * 20).add_(best_N, alpha=4).mul_(self._rounding)
+        assignment_N = group_N1.mul_(self._classes).add_(class_N1).squeeze(1)
+        return assignment_N, runner_up_N.sub_(best_N) <= slack_N
+
+    def _by_differences(self, points_BD: Tensor) -> Tensor:
+        """The arg-min of |x - c|^2 without the cancellation of the expanded square, in float64."""
+        chunks = points_BD.split(max(1, _CPU_BLOCK_ELEMENTS // len(self._centroids_KD)))
+        return torch.cat([_squared_distances(chunk, self._centroids_KD).argmin(dim=1) for chunk in chunks])
+
+
+def _first_of_equals(rows_KD: Tensor) -> Tensor:
+    """The positions of the distinct rows, each where it first occurs, in order."""
+    distinct_KD, place_K = torch.unique(rows_KD, dim=0, return_inverse=True)
+    position_K = torch.arange(len(rows_KD), device=rows_KD.device)
+    if len(distinct_KD) == len(rows_KD):
+        return position_K
+    first_K = torch.full_like(position_K[: len(distinct_KD)], len(rows_KD))
+    return first_K.scatter_reduce_(0, place_K, position_K, "amin").sort().values
+
+
+def _squared_distances(points_ND: Tensor, centroids_KD: Tensor) -> Tensor:
+    """|x - c|^2 of every pair from their differences, float64 [N, K]; equal vectors give exactly 0."""
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(points_ND.double(), centroids_KD.double(), compute_mode=mode).square_()
+
+
+def _slices(N: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, N, step))
+
+
+def _default_block(num_centroids: int, device: torch.device) -> int:
+    elements = _CUDA_BLOCK_ELEMENTS if device.type == "cuda" else _CPU_BLOCK_ELEMENTS
+    return max(64, elements // max(num_centroids, 32))
+
+
+@contextmanager
+def _true_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products in full float32, whatever TF32 or autocast setting the training around us uses."""
+    precision = torch.get_float32_matmul_precision()
+    with torch.autocast(device.type, enabled=False):
+        if precision == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+# --- Lloyd's iterations ----------------------------------------------------------------------------------------------
+
+
+def _lloyd(
+    share: _Share,
+    centroids_KD: Tensor,
+    seed: int,
+    num_iterations: int,
+    tolerance: float,
+    ranks: Collectives,
+    block: int | None,
+) -> KMeansResult:
+    """Move each centroid to the mean of its points until that no longer helps."""
+    objectives: list[float] = []
+    num_refilled, just_refilled = 0, True
+    while True:
+        sums_KD, counts_K, objective, costs_N = _reduced_statistics(share, centroids_KD, ranks, block)
+        empty_K = counts_K == 0
+        converged = not just_refilled and objectives[-1] - objective <= tolerance * objectives[-1]
+        iterations = len(objectives)
+        objectives.append(objective)
+        if converged or iterations == num_iterations:
+            break
+        means_KD = (sums_KD / counts_K[:, None]).to(centroids_KD.dtype)
+        centroids_KD = torch.where(empty_K[:, None], centroids_KD, means_KD)
+        empty = empty_K.nonzero().squeeze(1)
+        just_refilled = False
+        if len(empty):
+            found_FD = _draw(share, costs_N, centroids_KD[~empty_K], len(empty), (seed, "refill", iterations), ranks)
+            centroids_KD[empty[: len(found_FD)]] = found_FD
+            just_refilled = len(found_FD) > 0
+            num_refilled += len(found_FD)
+    return KMeansResult(
+        centroids_KD=centroids_KD,
+        objective=objectives[-1],
+        objectives=tuple(objectives),
+        iterations=iterations,
+        num_empty=int(empty_K.sum()),
+        num_refilled=num_refilled,
+        converged=converged,
+    )
+
+
+def _reduced_statistics(
+    share: _Share, centroids_KD: Tensor, ranks: Collectives, block: int | None
+) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Sums [K, D], counts [K] and objective over all ranks with one all-reduce, and the local squared distances [N].
+
+    The all-reduce also counts the ranks whose local work raised, so a failure costs no collective of its own.
+    """
+    K, D = centroids_KD.shape
+    error: Exception | None = None
+    packed = torch.zeros(K * (D + 1) + 2, dtype=torch.float64, device=centroids_KD.device)
+    costs_N = share.weights_N[:0]
+    try:
+        costs_N = _local_statistics(share, centroids_KD, packed, block)
+    except Exception as raised:  # whatever it is, the other ranks must hear of it
+        error = raised
+        packed[-1] = 1
+    packed = ranks.all_reduce_sum(packed)
+    *_, objective, num_failed = packed.tolist()
+    if num_failed:
+        ranks.agree(error)
+    moments_KE = packed[: K * (D + 1)].view(K, D + 1)
+    return moments_KE[:, :D], moments_KE[:, D], objective, costs_N
+
+
+def _local_statistics(share: _Share, centroids_KD: Tensor, packed: Tensor, block: int | None) -> Tensor:
+    """Add this rank's weighted sums, counts and objective to ``packed``; return its squared distances [N]."""
+    K, D = centroids_KD.shape
+    moments_KE = packed[: K * (D + 1)].view(K, D + 1)
+    costs_N = torch.empty_like(share.weights_N)
+    search = _Search(centroids_KD, block)
+    with _true_float32(centroids_KD.device):
+        for at in search.chunks(len(costs_N)):
+            assignment, costs_N[at] = search.nearest(share.points_ND[at])
+            moments = pad(share.points_ND[at].double(), (0, 1), value=1.0).mul_(share.weights_N[at, None])
+            moments_KE.index_add_(0, assignment, moments)
+    packed[-2] = costs_N @ share.weights_N
+    return costs_N
+
+
+# --- drawing points with probability proportional to w |x - nearest centroid|^2 --------------------------------------
+
+
+def _seed_centroids(share: _Share, K: int, seed: int, ranks: Collectives, block: int | None) -> Tensor:
+    """k-means++ in rounds: many candidates from one set of distances, thinned to what one-by-one draws would keep."""
+    points_ND = share.points_ND
+    chosen_FD = points_ND[:0]
+    costs_N = torch.ones_like(share.weights_N)
+    exact = False
+    for round_ in range(2 * K):
+        wanted = min(K - len(chosen_FD), len(chosen_FD) + 1)
+        found_FD = _draw(share, costs_N, chosen_FD, wanted, (seed, "seeding", round_), ranks)
+        if len(found_FD):
+            chosen_FD = torch.cat([chosen_FD, found_FD])
+            if len(chosen_FD) == K:
+                break
+            new_costs_N = _costs_by_differences if exact else _costs_by_scores
+            with ranks.guard():
+                new_N = new_costs_N(points_ND, found_FD)
+                costs_N = new_N if round_ == 0 else torch.minimum(costs_N, new_N)
+        elif not exact:  # what is left lies within rounding of a centroid: see it in float64
+            exact = True
+            with ranks.guard():
+                costs_N = _costs_by_differences(points_ND, chosen_FD)
+        else:
+            break
+    repeats = torch.arange(K, device=points_ND.device) % len(chosen_FD)
+    return chosen_FD[repeats]
+
+
+def _costs_by_scores(points_ND: Tensor, centroids_FD: Tensor) -> Tensor:
+    """min_f |x - c_f|^2 up to the rounding of a matrix product, float64 [N]."""
+    F = len(centroids_FD)
+    origin_D = centroids_FD.double().mean(dim=0).to(centroids_FD.dtype)
+    centred_DF = (centroids_FD - origin_D).T.contiguous()
+    norms_F = centred_DF.square().sum(dim=0)
+    costs_N = torch.empty(len(points_ND), dtype=torch.float64, device=points_ND.device)
+    block = _default_block(F, points_ND.device)
+    with _true_float32(points_ND.device):
+        for at in _slices(len(points_ND), block):
+            centred_BD = points_ND[at] - origin_D
+            scores_B = torch.addmm(norms_F, centred_BD, centred_DF, alpha=-2).amin(dim=1)
+            costs_N[at] = scores_B.add_(centred_BD.square_().sum(dim=1)).clamp_(min=0)
+    return costs_N
+
+
+def _costs_by_differences(points_ND: Tensor, centroids_FD: Tensor) -> Tensor:
+    """min_f |x - c_f|^2, exact and slow, float64 [N]; 1 where there are no centroids."""
+    if len(centroids_FD) == 0 or len(points_ND) == 0:
+        return torch.ones(len(points_ND), dtype=torch.float64, device=points_ND.device)
+    chunks = points_ND.split(max(1, _CPU_BLOCK_ELEMENTS // len(centroids_FD)))
+    return torch.cat([_squared_distances(chunk, centroids_FD).amin(dim=1) for chunk in chunks])
+
+
+def _draw(
+    share: _Share, costs_N: Tensor, centroids_KD: Tensor, wanted: int, key: tuple[object, ...], ranks: Collectives
+) -> Tensor:
+    """Up to ``wanted`` points of any rank, as sequential draws proportional to w * cost would pick them: [F, D].
+
+    An exponential race: the smallest E_n / (w_n cost_n), E_n ~ Exp(1) hashed from the id, are a draw without
+    replacement, and merging the ranks' best keeps it one. The costs are stale after the first pick; a candidate whose
+    cost has since fallen from ``cost`` to ``now`` is kept with probability now / cost (rejection sampling).
+    """
+    num_candidates = 2 * wanted + 16
+    with ranks.guard():
+        local = _local_candidates(share, costs_N, centroids_KD, num_candidates, key)
+    words = ranks.all_gather_rows(local).cpu()
+    ids_M = words[:, 0].contiguous()
+    keys_M, costs_M = words[:, 1:3].T.contiguous().view(torch.float64)
+    points_MD = words[:, 3:].contiguous().view(torch.float64)
+    by_id = ids_M.argsort()
+    order = by_id[keys_M[by_id].argsort(stable=True)][:num_candidates]
+    costs_M, points_MD = costs_M[order], points_MD[order]
+    needed = (_uniform(ids_M[order], (*key, "keep")) * costs_M).tolist()
+    between_MM = _squared_distances(points_MD, points_MD)
+    kept: list[int] = []
+    for candidate, least in enumerate(needed):
+        if len(kept) < wanted and float(costs_M[candidate]) > least:
+            kept.append(candidate)
+            torch.minimum(costs_M, between_MM[candidate], out=costs_M)
+    return points_MD[kept].to(share.points_ND)
+
+
+def _local_candidates(
+    share: _Share, costs_N: Tensor, centroids_KD: Tensor, count: int, key: tuple[object, ...]
+) -> Tensor:
+    """This rank's first ``count`` of the race as int64 words [M, 3 + D]: id, then the bits of key, cost and point.
+
+    A few more than ``count`` are taken by the given costs, then ranked by exact ones, which no split can change.
+    """
+    race_N = _uniform(share.ids_N, key).log_().neg_()
+    top = (race_N / (share.weights_N * costs_N)).topk(min(len(race_N), count + 16), largest=False).indices
+    points_MD = share.points_ND[top]
+    costs_M = _costs_by_differences(points_MD, centroids_KD)
+    keys_M = race_N[top] / (share.weights_N[top] * costs_M)
+    first = keys_M.argsort()[:count]
+    first = first[keys_M[first] < torch.inf]
+    columns = torch.cat([keys_M[first, None], costs_M[first, None], points_MD[first].double()], dim=1)
+    return torch.cat([share.ids_N[top[first], None], columns.view(torch.int64)], dim=1)
+
+
+def _uniform(ids_N: Tensor, key: tuple[object, ...]) -> Tensor:
+    """Numbers in (0, 1), float64 [N], that are a function of ``key`` and the id alone."""
+    bits_N = (mix64(ids_N ^ derive_seed("kmeans", *key)) >> 12) & (2**52 - 1)
+    return (bits_N.double() + 0.5) * 2.0**-52

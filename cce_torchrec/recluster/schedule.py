@@ -1,0 +1,86 @@
+"""When to re-cluster: a few times, evenly, and not towards the end."""
+
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from cce_torchrec.methods.base import check_positive
+from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport
+from cce_torchrec.recluster.step import recluster
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReclusterSchedule:
+    """Drives re-clusterings from a training loop; call :meth:`step` after each optimizer step.
+
+    With n re-clusterings in the first S = stop_after_fraction * total_steps steps, they come after steps S/n, 2S/n, ..., S.
+
+    Args:
+        total_steps: length of the training, in optimizer steps.
+        count: n, how many re-clusterings. Few are better than many: each disturbs what the optimizer has settled.
+        stop_after_fraction: none after this part of the training, so that the last codebooks are trained out.
+        every_steps: instead of ``count``: one every so many steps.
+        seed: of the re-clusterings; each draws its own from it and the step.
+        config: of the re-clusterings.
+
+    Raises:
+        ValueError: sizes below 1, a fraction outside (0, 1].
+
+    Example:
+        >>> ReclusterSchedule(total_steps=1000, count=4).steps
+        (200, 400, 600, 800)
+    """
+
+    total_steps: int
+    count: int = 6
+    stop_after_fraction: float = 0.8
+    every_steps: int | None = None
+    seed: int = 0
+    config: ReclusterConfig = field(default_factory=ReclusterConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(total_steps=self.total_steps, count=self.count)
+        if self.every_steps is not None:
+            check_positive(every_steps=self.every_steps)
+        if not 0 < self.stop_after_fraction <= 1:
+            raise ValueError(f"stop_after_fraction={self.stop_after_fraction} is not in (0, 1].")
+
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """After which steps it re-clusters."""
+        last = int(self.total_steps * self.stop_after_fraction)
+        if self.every_steps is not None:
+            return tuple(range(self.every_steps, last + 1, self.every_steps))
+        return tuple(sorted({step for i in range(self.count) if (step := last * (i + 1) // self.count) > 0}))
+
+    def step(
+        self, completed_steps: int, module: nn.Module, *, optimizer: Optimizer | None = None, process_group: Any = None
+    ) -> ReclusterReport | None:
+        """Re-cluster if it is due; collective where ``module`` is sharded.
+
+        Args:
+            completed_steps: optimizer steps done so far; a function of it alone, so a resumed run goes on as it would have.
+            module: as for :func:`recluster`.
+            optimizer: as for :func:`recluster`.
+            process_group: as for :func:`recluster`.
+
+        Returns:
+            The report, or ``None`` where nothing was due.
+        """
+        if completed_steps not in self.steps:
+            return None
+        report = recluster(
+            module,
+            seed=self.seed * 1_000_003 + completed_steps,
+            config=self.config,
+            process_group=process_group,
+            optimizer=optimizer,
+        )
+        logger.info("Re-clustered after step %d of %d:\n%s", completed_steps, self.total_steps, report)
+        return report

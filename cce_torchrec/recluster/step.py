@@ -1,0 +1,173 @@
+"""Re-clustering a model: read everything, compute new state beside the old, commit once on all ranks."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.config import method_of
+from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
+from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.methods import METHODS
+from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.recluster.collectives import Collectives, LocalCollectives, ProcessGroupCollectives
+from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport, TableReport
+from cce_torchrec.recluster.stores import Store
+from cce_torchrec.recluster.table import NewTable, TableState, recluster_table
+
+logger = logging.getLogger(__name__)
+
+Collection = CompressedEmbeddingBagCollection | ShardedCompressedEmbeddingBagCollection
+
+
+@torch.no_grad()
+def recluster(
+    module: nn.Module,
+    *,
+    seed: int,
+    config: ReclusterConfig | None = None,
+    process_group: Any = None,
+    optimizer: Optimizer | None = None,
+    id_weights: Mapping[str, Tensor] | None = None,
+) -> ReclusterReport:
+    """Re-cluster every table with learned assignments (CCE) in a model, sharded or not.
+
+        M_i <- K-means centroids,  h_i <- nearest centroid,  h'_i <- fresh hash,  M'_i <- mean residuals
+
+    Collective: where the model is sharded or ``process_group`` is given, every rank calls it at the same step. The result
+    does not depend on the number of ranks, up to float rounding. Old state stands until every table of every rank is
+    done; an error on one rank is raised on all, and then nothing has changed.
+
+    Args:
+        module: anything that contains compressed collections: a collection, a model, a ``DistributedModelParallel``.
+        seed: of the sample, the K-means and the new helper hashes; the same on every rank.
+        config: sizes, and what becomes of optimizer state; the defaults where ``None``.
+        process_group: ranks that share the work; a sharded collection's own where ``None``.
+        optimizer: what trains the tables that no fused kernel trains (data-parallel ones, unsharded ones), so that its
+            state of rewritten rows is reset or carried too.
+        id_weights: how much each id matters, [num_embeddings] by logical table, such as its frequency; 1 where missing.
+
+    Returns:
+        How each table changed.
+
+    Raises:
+        ValueError: where there is nothing to re-cluster, weights are NaN, or ``id_weights`` do not fit.
+        RuntimeError: where another rank failed.
+
+    Example:
+        >>> from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig
+        >>> table = CompressedEmbeddingBagConfig(
+        ...     name="t", num_embeddings=100, embedding_dim=8, feature_names=["f"], method=CCE(num_rows=4, num_columns=2)
+        ... )
+        >>> recluster(CompressedEmbeddingBagCollection(tables=[table]), seed=0).tables[0].version
+        1
+
+    Paper: Tsang & Ahle, "Clustering the Sketch", NeurIPS 2023, arXiv 2210.05974, algorithm 3.
+    """
+    config = config or ReclusterConfig()
+    collections = [found for found in module.modules() if isinstance(found, Collection)]
+    _check(module, collections, id_weights or {})
+    reports = []
+    commits = []
+    for collection in collections:
+        collectives = _collectives(collection, process_group)
+        with collectives.one_fails_all_fail():
+            store = Store(collection, optimizer, collectives)
+            new_tables = []
+            for table in reclusterable_tables(collection):
+                started = time.perf_counter()
+                state = _read(table, store, (id_weights or {}).get(table.name), config)
+                new = recluster_table(state, seed=seed, config=config, collectives=collectives)
+                new_tables.append((table, new))
+                reports.append(_report(table, new, time.perf_counter() - started))
+        commits.append((collection, store, new_tables))
+    for collection, store, new_tables in commits:
+        _commit(collection, store, new_tables)
+    return ReclusterReport(tables=tuple(reports))
+
+
+def reclusterable_tables(collection: Collection) -> Iterator[LoweredTable]:
+    """The tables of a collection whose assignments are learned."""
+    return (table for table in collection.lowered_tables if method_of(table.config).reclusterable)
+
+
+def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping[str, Tensor]) -> None:
+    tables = {table.name: table for collection in collections for table in reclusterable_tables(collection)}
+    if not tables:
+        methods = [key for key, method in METHODS.items() if method.reclusterable]
+        raise ValueError(
+            f"{type(module).__name__} has no table to re-cluster ({len(collections)} compressed collections): only the "
+            f"methods {methods} have assignments to learn; give a table one of them."
+        )
+    for name, weights_V in id_weights.items():
+        if name not in tables:
+            raise ValueError(f"id_weights has {name!r}, which is not a table to re-cluster; those are {list(tables)}.")
+        expected = tables[name].config.num_embeddings
+        if weights_V.shape != (expected,) or not bool((weights_V >= 0).all()) or not bool((weights_V > 0).any()):
+            raise ValueError(
+                f"id_weights[{name!r}] must be [{expected}] numbers >= 0, not all 0; it is {tuple(weights_V.shape)} with a "
+                f"minimum of {weights_V.min().item() if weights_V.numel() else 'nothing'}."
+            )
+
+
+def _collectives(collection: Collection, process_group: Any) -> Collectives:
+    if process_group is None and isinstance(collection, ShardedCompressedEmbeddingBagCollection):
+        process_group = collection.process_group
+    if process_group is None or dist.get_world_size(process_group) == 1:
+        return LocalCollectives()
+    return ProcessGroupCollectives(process_group)
+
+
+def _read(table: LoweredTable, store: Store, weights_V: Tensor | None, config: ReclusterConfig) -> TableState:
+    assert isinstance(table.row_map, CCERowMap)
+    codebooks = [store.read(name) for name in table.physical_names]
+    if config.optimizer_state == "carry":
+        states = [
+            store.read_optimizer(name, len(codebook))
+            for name, codebook in zip(table.physical_names, codebooks, strict=True)
+        ]
+    else:
+        states = [codebook.new_zeros(len(codebook), 0) for codebook in codebooks]
+    return TableState(
+        name=table.name, row_map=table.row_map, codebooks=codebooks, optimizer_state=states, weights_V=weights_V
+    )
+
+
+def _report(table: LoweredTable, new: NewTable, seconds: float) -> TableReport:
+    assert isinstance(table.row_map, CCERowMap)
+    return TableReport(
+        table=table.name,
+        version=int(table.row_map.version) + 1,
+        relative_squared_error=new.relative_squared_error,
+        moved_fraction=new.moved_fraction,
+        empty_clusters=new.empty_clusters,
+        seconds=seconds,
+    )
+
+
+def _commit(collection: Collection, store: Store, new_tables: list[tuple[LoweredTable, NewTable]]) -> None:
+    """Put the new state in place; nothing here can fail or waits for another rank."""
+    for table, new in new_tables:
+        assert isinstance(table.row_map, CCERowMap)
+        for name, state_RS, codebook in zip(table.physical_names, new.optimizer_state, new.codebooks, strict=True):
+            store.write_optimizer(name, state_RS, len(codebook))
+            if store.trained_elsewhere(name):
+                logger.warning(
+                    "Table %r was re-clustered, but the optimizer of its codebook %r is unknown, so its state is stale: "
+                    "pass `optimizer=`.",
+                    table.name,
+                    name,
+                )
+        table.row_map.assignments.copy_(new.assignments)
+        table.row_map.helper_coefficients.copy_(new.helper_coefficients)
+        table.row_map.version += 1
+    names_and_books = [(n, b) for table, new in new_tables for n, b in zip(table.physical_names, new.codebooks, strict=True)]
+    store.write(dict(names_and_books))
+    if isinstance(collection, ShardedCompressedEmbeddingBagCollection):
+        collection.assignments_changed()

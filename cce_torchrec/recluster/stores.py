@@ -1,0 +1,160 @@
+"""Reading and writing what a re-clustering needs, wherever it is: codebooks and the optimizer state of their rows.
+
+Reading gathers the shards of every rank, so that each rank holds whole codebooks; writing keeps the local part.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.types import ShardingType
+
+from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
+
+
+class Piece(NamedTuple):
+    """A local part of a matrix: rows from ``row``, columns from ``col``."""
+
+    tensor: Tensor
+    row: int
+    col: int
+
+
+def local_pieces(value: Any) -> list[Piece]:
+    """The local parts of a plain, sharded or distributed tensor."""
+    if isinstance(value, ShardedTensor):
+        return [Piece(shard.tensor, *_two(shard.metadata.shard_offsets)) for shard in value.local_shards()]
+    if isinstance(value, DTensor):
+        shards = value.to_local()
+        return [
+            Piece(tensor, *_two(offset))
+            for tensor, offset in zip(shards.local_shards(), shards.local_offsets(), strict=True)
+        ]
+    return [Piece(value, 0, 0)]
+
+
+def _two(offsets: Iterable[int]) -> tuple[int, int]:
+    row, col = (*offsets, 0)[:2]
+    return row, col
+
+
+def assemble(pieces: list[Piece], collectives: Collectives, device: torch.device) -> Tensor:
+    """All-gather the pieces of every rank into the whole matrix, in float32; [0, 0] where there are none."""
+    pieces = [piece for piece in pieces if piece.tensor.numel()]
+    places = [[piece.row, piece.col, *piece.tensor.shape] for piece in pieces]
+    flat = [piece.tensor.detach().float().reshape(-1).to(device) for piece in pieces]
+    all_places = collectives.all_gather_rows(torch.tensor(places, dtype=torch.int64, device=device).view(-1, 4)).tolist()
+    numbers = collectives.all_gather_rows(torch.cat([torch.empty(0, device=device), *flat]))
+    rows = max((row + height for row, _, height, _ in all_places), default=0)
+    cols = max((col + width for _, col, _, width in all_places), default=0)
+    whole = torch.zeros(rows, cols, device=device)
+    position = 0
+    for row, col, height, width in all_places:
+        part = numbers[position : position + height * width].view(height, width)
+        whole[row : row + height, col : col + width] = part
+        position += height * width
+    return whole
+
+
+class Store:
+    """The codebooks of one collection, sharded or not, and the optimizer state of their rows.
+
+    Args:
+        collection: whose inner collection holds the codebooks.
+        optimizer: the one that trains what no fused kernel trains; may be ``None``.
+        collectives: of the ranks that share the collection.
+    """
+
+    def __init__(self, collection: nn.Module, optimizer: Optimizer | None, collectives: Collectives) -> None:
+        self._inner = collection._embedding_bag_collection
+        self._weights = self._inner.state_dict()  # flushes caches; its tensors are the parameters themselves
+        self._is_sharded = isinstance(self._inner, ShardedEmbeddingBagCollection)
+        self._fused = self._inner.fused_optimizer.state_dict()["state"] if self._is_sharded else {}
+        self._external = optimizer.state if optimizer is not None else {}
+        self._all_ranks = collectives
+
+    def _collectives(self, table: str) -> Collectives:
+        """Of the ranks that hold parts of a physical table; a replicated one is whole everywhere."""
+        if not self._is_sharded:
+            return LocalCollectives()
+        replicated = self._inner.module_sharding_plan[table].sharding_type == ShardingType.DATA_PARALLEL.value
+        return LocalCollectives() if replicated else self._all_ranks
+
+    def _pieces(self, table: str) -> list[Piece]:
+        return local_pieces(self._weights[_key(table)])
+
+    def _device(self, table: str) -> torch.device:
+        return self._inner.embedding_bags[table].weight.device
+
+    def read(self, table: str) -> Tensor:
+        """The whole codebook of a physical table: [R, D] float32, a copy; collective."""
+        return assemble(self._pieces(table), self._collectives(table), self._device(table))
+
+    def write(self, codebooks: dict[str, Tensor]) -> None:
+        """Replace whole codebooks, by physical table."""
+        self._inner.load_state_dict({_key(table): weight for table, weight in codebooks.items()}, strict=False)
+
+    def _state_pieces(self, table: str, num_rows: int) -> list[Piece]:
+        """Views of the optimizer state of this rank's rows, the kinds of state side by side."""
+        weight = self._inner.embedding_bags[table].weight
+        states = self._fused.get(_key(table)) or self._external.get(weight) or _in_backward_state(weight)
+        pieces: list[Piece] = []
+        base = 0
+        for name in sorted(states):
+            parts = _rows_of_state(states[name], self._pieces(table), num_rows)
+            pieces += [Piece(part.tensor, part.row, base + part.col) for part in parts]
+            base += max((part.col + part.tensor.shape[1] for part in parts), default=0)
+        return pieces
+
+    def read_optimizer(self, table: str, num_rows: int) -> Tensor:
+        """The optimizer state of all rows: [R, S] float32, S = 0 where there is none; collective."""
+        state_RS = assemble(self._state_pieces(table, num_rows), self._collectives(table), self._device(table))
+        return state_RS if state_RS.numel() else state_RS.new_zeros(num_rows, 0)
+
+    def write_optimizer(self, table: str, state_RS: Tensor, num_rows: int) -> None:
+        """Replace the optimizer state of all rows; S = 0 resets it to zero."""
+        for piece in self._state_pieces(table, num_rows):
+            height, width = piece.tensor.shape
+            if state_RS.shape[1]:
+                piece.tensor.copy_(state_RS[piece.row : piece.row + height, piece.col : piece.col + width])
+            else:
+                piece.tensor.zero_()
+
+    def trained_elsewhere(self, table: str) -> bool:
+        """Whether an optimizer that we were not given trains a sharded table."""
+        if not self._is_sharded or self._inner.module_sharding_plan[table].compute_kernel != "dense":
+            return False
+        return self._inner.embedding_bags[table].weight not in self._external
+
+
+def _key(table: str) -> str:
+    return f"embedding_bags.{table}.weight"
+
+
+def _in_backward_state(weight: nn.Parameter) -> dict[str, Any]:
+    """The state of an optimizer that was applied in backward to an unsharded table."""
+    merged: dict[str, Any] = {}
+    for optimizer in getattr(weight, "_in_backward_optimizers", []):
+        merged |= optimizer.state.get(weight, {})
+    return merged
+
+
+def _rows_of_state(value: Any, weight_pieces: list[Piece], num_rows: int) -> list[Piece]:
+    """Views [rows, width] of one kind of state; none where it is not kept by row (a step count).
+
+    TorchRec lays the row-wise state of column shards end to end, so an offset of 1-D state is (column shard, row).
+    """
+    if isinstance(value, ShardedTensor | DTensor):
+        parts = local_pieces(value)
+        flat = [Piece(p.tensor.view(-1, 1), p.row % num_rows, p.row // num_rows) for p in parts if p.tensor.dim() == 1]
+        return flat or [part for part in parts if part.tensor.dim() == 2]
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return []
+    row, col = (weight_pieces[0].row, weight_pieces[0].col) if len(weight_pieces) == 1 else (0, 0)
+    matrix = value.view(len(value), -1)
+    return [Piece(matrix, row, col if matrix.shape[1] > 1 else 0)]

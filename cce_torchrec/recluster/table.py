@@ -1,0 +1,259 @@
+"""One table's re-clustering: from its codebooks and assignments to new ones, nothing changed yet.
+
+    x_i(v) = M_i[h_i(v)] + M'_i[h'_i(v)]                         the column vectors of all ids v
+    M_i   <- K-means centroids of x_i,   h_i(v) <- nearest       fitted on a sample, assigned exactly
+    M'_i[j] <- mean of x_i(v) - M_i[h_i(v)] over h'_i(v) = j     with a fresh hash h'_i
+
+Each rank decodes and assigns its own block of ids; only sums, and at the end the assignments, travel.
+
+Shapes: V ids, N ids of a batch, C columns, K main rows, R rows of a column (K + helper rows), D dims of a column, S
+optimizer-state values a row.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce_torchrec.hashing import derive_seed, hash_rows, mix64
+from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.recluster.collectives import Collectives
+from cce_torchrec.recluster.config import ReclusterConfig
+from cce_torchrec.recluster.kmeans import assign_nearest, kmeans
+
+_MOVED_SAMPLE = 65_536
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableState:
+    """All that one table is made of, whole on every rank.
+
+    Attributes:
+        name: of the logical table.
+        row_map: assignments and hashes.
+        codebooks: [R, D] float32 of each column: main rows, then helper rows.
+        optimizer_state: [R, S] float32 of each column; S may be 0.
+        weights_V: importance of each id, or ``None`` for 1.
+    """
+
+    name: str
+    row_map: CCERowMap
+    codebooks: list[Tensor]
+    optimizer_state: list[Tensor]
+    weights_V: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTable:
+    """What replaces a :class:`TableState`, and how good it is."""
+
+    assignments: Tensor
+    helper_coefficients: Tensor
+    codebooks: list[Tensor]
+    optimizer_state: list[Tensor]
+    relative_squared_error: float
+    moved_fraction: float
+    empty_clusters: int
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The ids of this rank, and how to walk through them."""
+
+    start: int
+    stop: int
+    batch: int
+    device: torch.device
+
+    def batches(self) -> Iterator[Tensor]:
+        for start in range(self.start, self.stop, self.batch):
+            yield torch.arange(start, min(start + self.batch, self.stop), device=self.device)
+
+
+def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, collectives: Collectives) -> NewTable:
+    """Cluster one table; collective, and the same on every rank up to rounding whatever their number.
+
+    Raises:
+        ValueError: on every rank, where weights are not finite.
+    """
+    _check_finite(state)
+    row_map, num_ids = state.row_map, len(state.row_map.assignments)
+    share = -(-num_ids // collectives.world_size)
+    start = min(collectives.rank * share, num_ids)
+    block = _Block(start, min(start + share, num_ids), config.decode_batch_size, state.codebooks[0].device)
+    centroids = _fit_centroids(state, block, derive_seed(seed, state.name), config, collectives)
+    coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
+    sums = _Sums(state, centroids, coefficients)
+    assignments = torch.empty(block.stop - block.start, len(centroids), dtype=row_map.assignments.dtype, device=block.device)
+    for ids_N in block.batches():
+        assignments[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
+    sums.reduce(collectives)
+    whole = _gather_assignments(assignments, collectives)
+    return NewTable(
+        assignments=whole,
+        helper_coefficients=coefficients,
+        codebooks=sums.codebooks(),
+        optimizer_state=sums.optimizer_state(),
+        relative_squared_error=sums.relative_squared_error(),
+        moved_fraction=_moved_fraction(row_map, whole),
+        empty_clusters=sums.empty_clusters(),
+    )
+
+
+def _check_finite(state: TableState) -> None:
+    for column, codebook in enumerate(state.codebooks):
+        bad = int((~codebook.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"Table {state.name!r}: {bad} of {codebook.numel()} weights of column {column} are NaN or infinite, so it "
+                "cannot be re-clustered. Load the last good checkpoint, then lower the learning rate or clip gradients."
+            )
+
+
+def _decode(state: TableState, column: int, ids_N: Tensor) -> Tensor:
+    """The column vectors of some ids: [N, D]."""
+    return state.codebooks[column][state.row_map.rows(ids_N)[column]].sum(dim=1)
+
+
+def _weights(state: TableState, ids_N: Tensor) -> Tensor:
+    if state.weights_V is None:
+        return torch.ones(len(ids_N), dtype=torch.float64, device=ids_N.device)
+    return state.weights_V[ids_N.to(state.weights_V.device)].to(ids_N.device, torch.float64)
+
+
+def _sample(
+    state: TableState, block: _Block, size: int, seed: int, collectives: Collectives
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of a Poisson sample of about ``size`` ids, and the weight each stands for.
+
+    Id v is in with probability p_v = min(1, size * w_v / sum w) and then weighs w_v / p_v, so sums over the sample are
+    unbiased, frequent ids are always in, and a table of at most ``size`` ids is in whole.
+    """
+    totals = torch.zeros(1, dtype=torch.float64, device=block.device)
+    for ids_N in block.batches():
+        totals += _weights(state, ids_N).sum()
+    total = collectives.all_reduce_sum(totals)
+    keep_everything = len(state.row_map.assignments) <= size
+    ids, weights = [torch.empty(0, dtype=torch.int64, device=block.device)], [totals[:0]]
+    for ids_N in block.batches():
+        weights_N = _weights(state, ids_N)
+        chance_N = torch.ones_like(weights_N) if keep_everything else (size * weights_N / total).clamp(max=1)
+        uniform_N = (mix64(ids_N ^ seed) >> 11 & (2**53 - 1)) * 2.0**-53
+        taken_N = uniform_N < chance_N
+        ids.append(ids_N[taken_N])
+        weights.append((weights_N / chance_N)[taken_N])
+    return torch.cat(ids), torch.cat(weights)
+
+
+def _fit_centroids(
+    state: TableState, block: _Block, seed: int, config: ReclusterConfig, collectives: Collectives
+) -> list[Tensor]:
+    """K-means on a sample, column by column."""
+    num_rows = state.row_map.num_main_rows
+    ids_N, weights_N = _sample(state, block, config.points_per_centroid * num_rows, derive_seed(seed, "sample"), collectives)
+    centroids = []
+    for column, codebook in enumerate(state.codebooks):
+        batches = ids_N.split(config.decode_batch_size)
+        points_ND = torch.cat([codebook[:0], *(_decode(state, column, batch_N) for batch_N in batches)])
+        result = kmeans(
+            points_ND,
+            num_rows,
+            seed=derive_seed(seed, column),
+            point_ids_N=ids_N,
+            weights_N=weights_N,
+            num_iterations=config.num_iterations,
+            tolerance=config.tolerance,
+            collectives=collectives,
+        )
+        centroids.append(result.centroids_KD)
+    return centroids
+
+
+class _Sums:
+    """What is added up while the ids go by, for all columns."""
+
+    def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor) -> None:
+        self._state, self._centroids, self._helper_coefficients = state, centroids, helper_coefficients
+        self._num_main = state.row_map.num_main_rows
+        double = {"dtype": torch.float64, "device": centroids[0].device}
+        self._energy = torch.zeros(2, **double)  # sum of |x|^2, sum of |x - centroid|^2
+        self._usage = [torch.zeros(len(codebook), **double) for codebook in state.codebooks]  # ids a row
+        self._mass = [torch.zeros(len(codebook), **double) for codebook in state.codebooks]  # weight a row
+        self._residual = [torch.zeros(codebook[self._num_main :].shape, **double) for codebook in state.codebooks]
+        self._optimizer = [torch.zeros(old.shape, **double) for old in state.optimizer_state]
+
+    def add(self, ids_N: Tensor) -> Tensor:
+        """Assign a batch of ids and add them up; returns their assignments [N, C]."""
+        weights_N = _weights(self._state, ids_N)
+        helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
+        old_rows_CNR = self._state.row_map.rows(ids_N)
+        assignments = []
+        for column, (codebook, centroids_KD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
+            points_ND = codebook[old_rows_CNR[column]].sum(dim=1)
+            nearest_N, distance_N = assign_nearest(points_ND, centroids_KD)
+            assignments.append(nearest_N)
+            self._energy[0] += points_ND.double().square().sum(dim=1) @ weights_N
+            self._energy[1] += distance_N.double() @ weights_N
+            residual_ND = (points_ND - centroids_KD[nearest_N]).double() * weights_N[:, None]
+            self._residual[column].index_add_(0, helpers_CN[column], residual_ND)
+            for new_N, old_N in (
+                (nearest_N, old_rows_CNR[column, :, 0]),
+                (helpers_CN[column] + self._num_main, old_rows_CNR[column, :, 1]),
+            ):
+                self._usage[column].index_add_(0, new_N, torch.ones_like(weights_N))
+                self._mass[column].index_add_(0, new_N, weights_N)
+                old_NS = self._state.optimizer_state[column][old_N].double()
+                self._optimizer[column].index_add_(0, new_N, old_NS * weights_N[:, None])
+        return torch.stack(assignments, dim=1)
+
+    def reduce(self, collectives: Collectives) -> None:
+        """Add up over ranks; one collective."""
+        parts = [self._energy, *self._usage, *self._mass, *self._residual, *self._optimizer]
+        total = collectives.all_reduce_sum(torch.cat([part.reshape(-1) for part in parts]))
+        for part, summed in zip(parts, total.split([part.numel() for part in parts]), strict=True):
+            part.copy_(summed.view_as(part))
+
+    def _helper_means(self, column: int) -> Tensor:
+        mass_R = self._mass[column][self._num_main :, None]
+        return torch.where(mass_R > 0, self._residual[column] / mass_R, 0)
+
+    def codebooks(self) -> list[Tensor]:
+        """Centroids, then mean residuals, of each column."""
+        means = [self._helper_means(column) for column in range(len(self._centroids))]
+        return [torch.cat([c, mean.to(c.dtype)]) for c, mean in zip(self._centroids, means, strict=True)]
+
+    def optimizer_state(self) -> list[Tensor]:
+        """The mean old state over the ids of each new row; 0 for rows that none uses."""
+        pairs = zip(self._optimizer, self._mass, strict=True)
+        return [torch.where(mass[:, None] > 0, total / mass[:, None], 0).float() for total, mass in pairs]
+
+    def relative_squared_error(self) -> float:
+        """Of the decoded vectors; the helper means take their own energy out of the residual's."""
+        before, residual = self._energy.tolist()
+        for column in range(len(self._centroids)):
+            mass_R = self._mass[column][self._num_main :]
+            residual -= float(self._helper_means(column).square().sum(dim=1) @ mass_R)
+        return max(residual, 0.0) / before if before > 0 else 0.0
+
+    def empty_clusters(self) -> int:
+        """Main rows that no id uses."""
+        return sum(int((usage[: self._num_main] == 0).sum()) for usage in self._usage)
+
+
+def _gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
+    """All ranks' assignments in id order; as bytes, since not every backend knows int16."""
+    return collectives.all_gather_rows(share.view(torch.uint8)).view(share.dtype)
+
+
+def _moved_fraction(row_map: CCERowMap, new: Tensor) -> float:
+    """Ids that did not follow the majority of their old cluster, over an evenly spaced sample and all columns."""
+    step = max(1, len(new) // _MOVED_SAMPLE)
+    before, after = row_map.assignments[::step].long(), new[::step].long()
+    stayed = 0
+    for column in range(new.shape[1]):
+        pairs, counts = torch.unique(before[:, column] * row_map.num_main_rows + after[:, column], return_counts=True)
+        most = torch.zeros(row_map.num_main_rows, dtype=torch.int64, device=new.device)
+        most.scatter_reduce_(0, pairs // row_map.num_main_rows, counts, "amax")
+        stayed += int(most.sum())
+    return 1 - stayed / before.numel()
