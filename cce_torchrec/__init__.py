@@ -10,6 +10,7 @@ from cce_torchrec.distributed import (
 from cce_torchrec.memory import MemoryReport
 from cce_torchrec.methods import CCE, CE, METHODS, QR, FullTable, HashingTrick
 from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
+from cce_torchrec.swap import CompressionRule, compress
 
 __all__ = [
     "CCE",
@@ -19,6 +20,7 @@ __all__ = [
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
+    "CompressionRule",
     "FullTable",
     "HashingTrick",
     "MemoryReport",
@@ -26,6 +28,7 @@ __all__ = [
     "ReclusterReport",
     "ReclusterSchedule",
     "ShardedCompressedEmbeddingBagCollection",
+    "compress",
     "get_sharders",
     "recluster",
 ]

@@ -1,6 +1,6 @@
 """The compressed collection: an ``EmbeddingBagCollection`` whose tables are small and whose ids are rewritten to rows.
 
-    KJT of ids -> RowRewriter -> KJT of rows -> inner EmbeddingBagCollection -> Relabel -> [B, D] a feature
+KJT of ids -> RowRewriter -> KJT of rows -> inner EmbeddingBagCollection -> Relabel -> [B, D] a feature
 """
 
 from collections.abc import Sequence
@@ -62,7 +62,9 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
         self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)
-        self._rewrite = RowRewriter(self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode)
+        self._rewrite = RowRewriter(
+            self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
+        )
         self._relabel = Relabel(self.lowered_tables)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:

@@ -82,9 +82,7 @@ class LoweredTable:
         ]
 
 
-def lower_tables(
-    configs: Sequence[EmbeddingBagConfig], device: torch.device | None
-) -> list[LoweredTable]:
+def lower_tables(configs: Sequence[EmbeddingBagConfig], device: torch.device | None) -> list[LoweredTable]:
     """Build the id -> rows function of every table and lay out its physical tables.
 
     Raises:
@@ -108,5 +106,7 @@ def lower_tables(
     ):
         for name, count in Counter(names).items():
             if count > 1:
-                raise ValueError(f"Two {kind}s would be stored as {name!r}: rename the {kind} {name!r} (':' marks columns).")
+                raise ValueError(
+                    f"Two {kind}s would be stored as {name!r}: rename the {kind} {name!r} (':' marks columns)."
+                )
     return lowered

@@ -26,7 +26,9 @@ def select_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJagge
     keys = features.keys()
     missing = [name for name in names if name not in keys]
     if missing:
-        raise ValueError(f"The KeyedJaggedTensor has no feature {missing}; it has {keys}. Add it, or drop it from the table.")
+        raise ValueError(
+            f"The KeyedJaggedTensor has no feature {missing}; it has {keys}. Add it, or drop it from the table."
+        )
     if features.variable_stride_per_key():
         raise ValueError(
             "The KeyedJaggedTensor has a batch size per feature (stride_per_key_per_rank); compressed collections "
@@ -164,9 +166,8 @@ class Relabel:
 
     def __call__(self, pooled: KeyedTensor, factors_BF: Tensor | None) -> KeyedTensor:
         """Rename; reorder and scale only where needed."""
-        if pooled.keys() == self._physical:
-            values_BD = pooled.values()
-        else:
+        values_BD = pooled.values()
+        if pooled.keys() != self._physical:
             values_BD = KeyedTensor.regroup([pooled], [self._physical])[0]
         if factors_BF is not None:
             dims_F = self._dims_F.to(values_BD.device)

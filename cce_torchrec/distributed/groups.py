@@ -28,7 +28,9 @@ class Group(Protocol):
     input_dist: nn.Module
     rewrites_before_dist: bool
 
-    def distribute(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
+    def distribute(
+        self, features: KeyedJaggedTensor
+    ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
         """What this rank sends, and the awaitable of what it will receive."""
 
     def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
@@ -44,11 +46,13 @@ class ClientGroup:
         self.input_dist = sharding.create_input_dist()
         self._rewrite = rewriter
 
-    def distribute(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:  # noqa: D102
+    def distribute(
+        self, features: KeyedJaggedTensor
+    ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
         rows = self._rewrite(features)
         return rows, self.input_dist(rows)
 
-    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:  # noqa: D102
+    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return received
 
 
@@ -62,11 +66,13 @@ class OwnerGroup:
         self._features = features
         self._rewrite = rewriter
 
-    def distribute(self, features: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:  # noqa: D102
+    def distribute(
+        self, features: KeyedJaggedTensor
+    ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
         ids = select_features(features, self._features)
         return ids, self.input_dist(ids)
 
-    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:  # noqa: D102
+    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return self._rewrite(received)
 
 

@@ -90,7 +90,9 @@ class MethodConfig(ABC):
         method = cls(**{**cls.largest_fields(num_embeddings, embedding_dim, num_params, overrides), **overrides})
         needed = method.num_params(num_embeddings, embedding_dim)
         if needed > num_params:
-            raise ValueError(f"{method} needs {needed} parameters, more than the budget of {num_params}: raise it to that.")
+            raise ValueError(
+                f"{method} needs {needed} parameters, more than the budget of {num_params}: raise it to that."
+            )
         return method
 
     @abstractmethod
@@ -120,7 +122,9 @@ def check_divides(embedding_dim: int, num_columns: int) -> None:
 def default_num_columns(embedding_dim: int, at_most: int) -> int:
     """The most columns up to ``at_most`` whose width FBGEMM takes (a multiple of 4), or 1."""
     widths = range(4, embedding_dim + 1, 4)
-    return max((embedding_dim // w for w in widths if embedding_dim % w == 0 and embedding_dim // w <= at_most), default=1)
+    return max(
+        (embedding_dim // w for w in widths if embedding_dim % w == 0 and embedding_dim // w <= at_most), default=1
+    )
 
 
 def budget_rows(method: str, num_params: int, embedding_dim: int, smallest: int) -> int:

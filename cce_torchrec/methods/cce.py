@@ -77,7 +77,7 @@ class CCERowMap(RowMap):
         """Row of the helper codebook of each id, counted from its own start: int64 [c, N]."""
         return hash_rows(ids_N, self.helper_coefficients, self.num_helper_rows)
 
-    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102
+    def rows(self, ids_N: Tensor) -> Tensor:
         return torch.stack([self.main_rows(ids_N), self.helper_rows(ids_N) + self.num_main_rows], dim=-1)
 
 
@@ -121,12 +121,12 @@ class CCE(MethodConfig):
         """k', with the default filled in."""
         return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
 
-    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         check_divides(embedding_dim, self.num_columns)
         return (self.num_rows + self.helper_rows) * embedding_dim
 
     @classmethod
-    def largest_fields(  # noqa: D102
+    def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
         helper_rows = overrides.get("num_helper_rows")
@@ -138,6 +138,6 @@ class CCE(MethodConfig):
             "num_columns": default_num_columns(embedding_dim, at_most=8),
         }
 
-    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         check_divides(embedding_dim, self.num_columns)
         return CCERowMap(self, table, num_embeddings, embedding_dim, device)

@@ -32,10 +32,10 @@ class HashedRowMap(RowMap):
         self.register_buffer("coefficients", torch.empty(1 + num_columns, dtype=torch.int64, device=device))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:  # noqa: D102
+    def reset_parameters(self) -> None:
         self.coefficients.copy_(hash_coefficients(len(self.columns), *self._key))
 
-    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102
+    def rows(self, ids_N: Tensor) -> Tensor:
         return hash_rows(ids_N, self.coefficients, self.columns[0].num_rows).unsqueeze(-1)
 
 
@@ -67,17 +67,17 @@ class CE(MethodConfig):
     def __post_init__(self) -> None:
         check_positive(num_rows=self.num_rows, num_columns=self.num_columns)
 
-    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         check_divides(embedding_dim, self.num_columns)
         return self.num_rows * embedding_dim
 
     @classmethod
-    def largest_fields(  # noqa: D102
+    def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
         rows = budget_rows(cls.key, num_params, embedding_dim, smallest=1)
         return {"num_rows": rows, "num_columns": default_num_columns(embedding_dim, at_most=4)}
 
-    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         check_divides(embedding_dim, self.num_columns)
         return HashedRowMap(self.num_rows, self.num_columns, embedding_dim, (self.seed, table, self.key), device)

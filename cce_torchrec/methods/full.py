@@ -18,7 +18,7 @@ class FullRowMap(RowMap):
         super().__init__()
         self.columns = (Column(num_embeddings, embedding_dim),)
 
-    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102 (the contract's)
+    def rows(self, ids_N: Tensor) -> Tensor:
         return ids_N.view(1, -1, 1)
 
 
@@ -33,15 +33,15 @@ class FullTable(MethodConfig):
 
     key: ClassVar[str] = "full"
 
-    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         return num_embeddings * embedding_dim
 
     @classmethod
-    def largest_fields(  # noqa: D102
+    def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
         budget_rows(cls.key, num_params, embedding_dim, smallest=num_embeddings)
         return {}
 
-    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         return FullRowMap(num_embeddings, embedding_dim)

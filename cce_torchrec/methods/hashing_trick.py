@@ -32,14 +32,14 @@ class HashingTrick(MethodConfig):
     def __post_init__(self) -> None:
         check_positive(num_rows=self.num_rows)
 
-    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         return self.num_rows * embedding_dim
 
     @classmethod
-    def largest_fields(  # noqa: D102
+    def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
         return {"num_rows": budget_rows(cls.key, num_params, embedding_dim, smallest=1)}
 
-    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         return HashedRowMap(self.num_rows, 1, embedding_dim, (self.seed, table, self.key), device)

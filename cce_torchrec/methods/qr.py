@@ -31,7 +31,7 @@ class QRRowMap(RowMap):
         else:
             self.columns = (Column(num_remainders, embedding_dim // 2), Column(quotients, embedding_dim // 2))
 
-    def rows(self, ids_N: Tensor) -> Tensor:  # noqa: D102
+    def rows(self, ids_N: Tensor) -> Tensor:
         remainder_N, quotient_N = ids_N % self._num_remainders, ids_N // self._num_remainders
         if self._add:
             return torch.stack([remainder_N, quotient_N + self._num_remainders], dim=-1).unsqueeze(0)
@@ -63,14 +63,14 @@ class QR(MethodConfig):
         if self.operation not in get_args(Operation):
             raise ValueError(f"operation={self.operation!r} is not one of {', '.join(get_args(Operation))}.")
 
-    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:  # noqa: D102
+    def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         if self.operation == "concat":
             check_divides(embedding_dim, 2)
         width = embedding_dim if self.operation == "add" else embedding_dim // 2
         return (self.num_remainders + _num_quotients(num_embeddings, self.num_remainders)) * width
 
     @classmethod
-    def largest_fields(  # noqa: D102
+    def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
         width = embedding_dim // 2 if overrides.get("operation") == "concat" else embedding_dim
@@ -85,7 +85,7 @@ class QR(MethodConfig):
                 high = middle - 1
         return {"num_remainders": low}
 
-    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:  # noqa: D102
+    def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         if self.operation == "concat":
             check_divides(embedding_dim, 2)
         return QRRowMap(self.num_remainders, self.operation, num_embeddings, embedding_dim)

@@ -72,7 +72,6 @@ class Collectives(ABC):
             error = raised
         self.agree(error)
 
-
     @contextmanager
     def one_fails_all_fail(self) -> Iterator[None]:
         """Run work that calls collectives; where it raises on one rank, it raises on all, at their next collective.

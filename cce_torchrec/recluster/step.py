@@ -167,7 +167,9 @@ def _commit(collection: Collection, store: Store, new_tables: list[tuple[Lowered
         table.row_map.assignments.copy_(new.assignments)
         table.row_map.helper_coefficients.copy_(new.helper_coefficients)
         table.row_map.version += 1
-    names_and_books = [(n, b) for table, new in new_tables for n, b in zip(table.physical_names, new.codebooks, strict=True)]
+    names_and_books = [
+        (n, b) for table, new in new_tables for n, b in zip(table.physical_names, new.codebooks, strict=True)
+    ]
     store.write(dict(names_and_books))
     if isinstance(collection, ShardedCompressedEmbeddingBagCollection):
         collection.assignments_changed()

@@ -30,7 +30,7 @@ def local_pieces(value: Any) -> list[Piece]:
     if isinstance(value, ShardedTensor):
         return [Piece(shard.tensor, *_two(shard.metadata.shard_offsets)) for shard in value.local_shards()]
     if isinstance(value, DTensor):
-        shards = value.to_local()
+        shards: Any = value.to_local()
         return [
             Piece(tensor, *_two(offset))
             for tensor, offset in zip(shards.local_shards(), shards.local_offsets(), strict=True)
@@ -48,7 +48,9 @@ def assemble(pieces: list[Piece], collectives: Collectives, device: torch.device
     pieces = [piece for piece in pieces if piece.tensor.numel()]
     places = [[piece.row, piece.col, *piece.tensor.shape] for piece in pieces]
     flat = [piece.tensor.detach().float().reshape(-1).to(device) for piece in pieces]
-    all_places = collectives.all_gather_rows(torch.tensor(places, dtype=torch.int64, device=device).view(-1, 4)).tolist()
+    all_places = collectives.all_gather_rows(
+        torch.tensor(places, dtype=torch.int64, device=device).view(-1, 4)
+    ).tolist()
     numbers = collectives.all_gather_rows(torch.cat([torch.empty(0, device=device), *flat]))
     rows = max((row + height for row, _, height, _ in all_places), default=0)
     cols = max((col + width for _, col, _, width in all_places), default=0)
@@ -71,10 +73,11 @@ class Store:
     """
 
     def __init__(self, collection: nn.Module, optimizer: Optimizer | None, collectives: Collectives) -> None:
-        self._inner = collection._embedding_bag_collection
-        self._weights = self._inner.state_dict()  # flushes caches; its tensors are the parameters themselves
-        self._is_sharded = isinstance(self._inner, ShardedEmbeddingBagCollection)
-        self._fused = self._inner.fused_optimizer.state_dict()["state"] if self._is_sharded else {}
+        inner: Any = collection._embedding_bag_collection
+        self._inner = inner
+        self._weights = inner.state_dict()  # flushes caches; its tensors are the parameters themselves
+        self._is_sharded = isinstance(inner, ShardedEmbeddingBagCollection)
+        self._fused = inner.fused_optimizer.state_dict()["state"] if self._is_sharded else {}
         self._external = optimizer.state if optimizer is not None else {}
         self._all_ranks = collectives
 

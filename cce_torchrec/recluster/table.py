@@ -85,7 +85,9 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     centroids = _fit_centroids(state, block, derive_seed(seed, state.name), config, collectives)
     coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
     sums = _Sums(state, centroids, coefficients)
-    assignments = torch.empty(block.stop - block.start, len(centroids), dtype=row_map.assignments.dtype, device=block.device)
+    assignments = torch.empty(
+        block.stop - block.start, len(centroids), dtype=row_map.assignments.dtype, device=block.device
+    )
     for ids_N in block.batches():
         assignments[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
     sums.reduce(collectives)
@@ -122,9 +124,7 @@ def _weights(state: TableState, ids_N: Tensor) -> Tensor:
     return state.weights_V[ids_N.to(state.weights_V.device)].to(ids_N.device, torch.float64)
 
 
-def _sample(
-    state: TableState, block: _Block, size: int, seed: int, collectives: Collectives
-) -> tuple[Tensor, Tensor]:
+def _sample(state: TableState, block: _Block, size: int, seed: int, collectives: Collectives) -> tuple[Tensor, Tensor]:
     """This rank's part of a Poisson sample of about ``size`` ids, and the weight each stands for.
 
     Id v is in with probability p_v = min(1, size * w_v / sum w) and then weighs w_v / p_v, so sums over the sample are
@@ -151,7 +151,9 @@ def _fit_centroids(
 ) -> list[Tensor]:
     """K-means on a sample, column by column."""
     num_rows = state.row_map.num_main_rows
-    ids_N, weights_N = _sample(state, block, config.points_per_centroid * num_rows, derive_seed(seed, "sample"), collectives)
+    ids_N, weights_N = _sample(
+        state, block, config.points_per_centroid * num_rows, derive_seed(seed, "sample"), collectives
+    )
     centroids = []
     for column, codebook in enumerate(state.codebooks):
         batches = ids_N.split(config.decode_batch_size)
@@ -170,18 +172,23 @@ def _fit_centroids(
     return centroids
 
 
+def _zeros(*shape: int, like: Tensor) -> Tensor:
+    """Where to add up: float64, so that the order in which ranks add hardly shows."""
+    return torch.zeros(shape, dtype=torch.float64, device=like.device)
+
+
 class _Sums:
     """What is added up while the ids go by, for all columns."""
 
     def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor) -> None:
         self._state, self._centroids, self._helper_coefficients = state, centroids, helper_coefficients
         self._num_main = state.row_map.num_main_rows
-        double = {"dtype": torch.float64, "device": centroids[0].device}
-        self._energy = torch.zeros(2, **double)  # sum of |x|^2, sum of |x - centroid|^2
-        self._usage = [torch.zeros(len(codebook), **double) for codebook in state.codebooks]  # ids a row
-        self._mass = [torch.zeros(len(codebook), **double) for codebook in state.codebooks]  # weight a row
-        self._residual = [torch.zeros(codebook[self._num_main :].shape, **double) for codebook in state.codebooks]
-        self._optimizer = [torch.zeros(old.shape, **double) for old in state.optimizer_state]
+        books, main = state.codebooks, self._num_main
+        self._energy = _zeros(2, like=books[0])  # sum of |x|^2, sum of |x - centroid|^2
+        self._usage = [_zeros(len(book), like=book) for book in books]  # ids a row
+        self._mass = [_zeros(len(book), like=book) for book in books]  # weight a row
+        self._residual = [_zeros(*book[main:].shape, like=book) for book in books]
+        self._optimizer = [_zeros(*old.shape, like=old) for old in state.optimizer_state]
 
     def add(self, ids_N: Tensor) -> Tensor:
         """Assign a batch of ids and add them up; returns their assignments [N, C]."""
