@@ -53,10 +53,12 @@ def _methods(info: DatasetInfo, config: TrainConfig, compression: float) -> dict
 
 
 def _fit(feature: SparseFeature, budget: int, config: TrainConfig) -> MethodConfig:
-    """The largest instance of the method within the budget, its hashes seeded by the run's seed."""
-    overrides: Mapping[str, OptionValue] = {"seed": config.seed, **config.method_options}
+    """The largest instance of the method within the budget; where it hashes, seeded by the run's seed."""
+    method = METHODS[config.method]
+    seed = {"seed": config.seed} if "seed" in method.__dataclass_fields__ else {}
+    overrides: Mapping[str, OptionValue] = {**seed, **config.method_options}
     try:
-        return METHODS[config.method].from_budget(feature.num_embeddings, config.embedding_dim, budget, **overrides)
+        return method.from_budget(feature.num_embeddings, config.embedding_dim, budget, **overrides)
     except ValueError as error:
         raise ValueError(f"table {feature.name!r}, whose share is {budget} parameters: {error}") from None
 

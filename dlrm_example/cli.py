@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from cce_torchrec import METHODS
-from dlrm_example.config import INTERACTION_TYPES, TrainConfig, default_compression, parse_method_options
+from dlrm_example.config import (
+    INTERACTION_TYPES,
+    OPTIMIZER_STATES,
+    TrainConfig,
+    default_compression,
+    parse_method_options,
+)
 from dlrm_example.data import DATASETS
 
 DEFAULTS = TrainConfig(run_dir="")
@@ -80,6 +86,8 @@ def _add_compression_flags(group: _Group) -> None:
     group.add("method_options", options_help, nargs="+", metavar="KEY=VALUE", default=())
     group.add("recluster_count", "how often tables that can be are re-clustered; 0 for never", type=int)
     group.add("recluster_stop_after", "fraction of training after which no re-clustering happens", type=float)
+    state_help = f"of re-clustered rows: one of {', '.join(OPTIMIZER_STATES)}"
+    group.add("recluster_optimizer_state", state_help)
 
 
 def _add_model_flags(group: _Group) -> None:

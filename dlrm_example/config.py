@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import get_args, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Literal, get_args, get_type_hints
 
 from cce_torchrec import METHODS
 from dlrm_example.data import DATASETS
 
 INTERACTION_TYPES = ("original", "dcn", "projection")
+OPTIMIZER_STATES = ("reset", "carry")
 
 OptionValue = int | float | bool | str
 
@@ -32,6 +33,7 @@ class TrainConfig:
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     recluster_count: int = 6
     recluster_stop_after: float = 0.8
+    recluster_optimizer_state: Literal["reset", "carry"] = "reset"
 
     embedding_dim: int = 32
     dense_arch_layer_sizes: tuple[int, ...] = (64, 32)
@@ -63,6 +65,7 @@ class TrainConfig:
         """Raise a `UsageError` that names the first flag whose value cannot be."""
         _check_choice("dataset_name", self.dataset_name, DATASETS)
         _check_choice("method", self.method, METHODS)
+        _check_choice("recluster_optimizer_state", self.recluster_optimizer_state, OPTIMIZER_STATES)
         _check_choice("interaction_type", self.interaction_type, INTERACTION_TYPES)
         _check_numbers(self)
         _check_compression(self)
@@ -82,15 +85,15 @@ def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, OptionV
     """
     _check_choice("method", method, METHODS)
     types = get_type_hints(METHODS[method])
-    fields = {name: types[name] for name in METHODS[method].__dataclass_fields__}
+    known = {field.name: types[field.name] for field in fields(METHODS[method])}
     options: dict[str, OptionValue] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise UsageError(f"--method_options {pair!r} is not key=value")
-        if name not in fields:
-            raise UsageError(f"--method_options {name}: method {method} has no such field; it has {_listed(fields)}")
-        options[name] = _typed(name, text, fields[name])
+        if name not in known:
+            raise UsageError(f"--method_options {name}: method {method} has no such field; it has {_listed(known)}")
+        options[name] = _typed(name, text, known[name])
     return options
 
 

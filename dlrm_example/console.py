@@ -10,6 +10,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 T = TypeVar("T")
+OUR_LOGGERS = ("dlrm_example", "cce_torchrec")
 
 
 def is_main_process() -> bool:
@@ -20,10 +21,16 @@ def is_main_process() -> bool:
 def set_up_logging() -> None:
     """Log to standard output. For entry points only: it replaces whatever logging was set up before."""
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
-    for name in ("dlrm_example", "cce_torchrec"):
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_is_for_the_user)
+    for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if is_main_process() else logging.ERROR)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\.")
+
+
+def _is_for_the_user(record: logging.LogRecord) -> bool:
+    return record.name.startswith(OUR_LOGGERS) or record.levelno >= logging.ERROR
 
 
 def progress_bar(items: Iterable[T], title: str, total: int, shown: bool) -> Iterable[T]:

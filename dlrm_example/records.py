@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,7 @@ class RunFiles:
             raise UsageError(f"--run_dir {self.folder}: {error}") from None
         (self.folder / SUMMARY).unlink(missing_ok=True)
         (self.folder / METRICS).write_text("")
-        write_atomically(self.folder / CONFIG, {**dataclasses.asdict(config), "versions": versions})
+        write_json(self.folder / CONFIG, {**dataclasses.asdict(config), "versions": versions})
 
     def log(self, **row: Any) -> None:
         """Append one line to the metrics; on disk before the call returns, whatever happens next."""
@@ -73,7 +75,7 @@ class RunFiles:
 
     def finish(self, summary: Summary) -> None:
         if self._is_main:
-            write_atomically(self.folder / SUMMARY, dataclasses.asdict(summary))
+            write_json(self.folder / SUMMARY, dataclasses.asdict(summary))
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -81,11 +83,20 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise UsageError(f"--run_dir {folder} holds a finished run: give --overwrite, or another folder")
 
 
-def write_atomically(path: Path, content: dict[str, Any]) -> None:
-    """A reader sees the whole file or the one before, never a part."""
+@contextmanager
+def replace_atomically(path: Path) -> Iterator[Path]:
+    """A file to write that takes the place of `path` at the end: a reader never sees a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with replace_atomically(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_summary(folder: Path) -> Summary:

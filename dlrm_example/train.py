@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 import torch
 
-from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterSchedule
+from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, ReclusterSchedule
 from cce_torchrec.memory import MemoryReport
 from dlrm_example.budget import plan_tables
 from dlrm_example.cli import parse_config
@@ -104,6 +104,7 @@ def make_schedule(
         count=config.recluster_count,
         stop_after_fraction=config.recluster_stop_after,
         seed=config.seed,
+        config=ReclusterConfig(optimizer_state=config.recluster_optimizer_state),
     )
     logger.info("re-clustering %s after steps %s of %d", ", ".join(names), schedule.steps, total_steps)
     return schedule

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torchrec.datasets.utils import Batch
@@ -132,7 +132,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         self._progress.recluster_seconds += seconds
         self._progress.reclusterings += 1
-        self._files.log(event="recluster", step=self._progress.step, epoch=self._progress.epoch, seconds=seconds)
+        row = {"event": "recluster", "step": self._progress.step, "epoch": self._progress.epoch, "seconds": seconds}
+        self._files.log(**row, tables=[asdict(table) for table in report.tables])
 
     def _evaluate(self) -> None:
         """Validation scores, and the test's where validation is better than ever; batches in flight stay in flight."""
@@ -166,4 +167,6 @@ class Trainer:
         try:
             yield
         finally:
-            self._pipeline.attach(self._model)
+            # Without `sparse_dist=False`, the batch in flight gets a new context for the ids that were sent with the old
+            # one, and rows from before a re-clustering pass for rows from after it.
+            self._pipeline.attach(self._model, sparse_dist=False)

@@ -57,9 +57,7 @@ def test_every_row_once_and_as_many_batches_on_every_rank(
     seen: Counter[int] = Counter()
     counts = []
     for rank in range(world_size):
-        loader = dataset.loader(
-            "train", batch_size=8, shuffle_seed=shuffle_seed, rank=rank, world_size=world_size
-        )
+        loader = dataset.loader("train", batch_size=8, shuffle_seed=shuffle_seed, rank=rank, world_size=world_size)
         batches = list(loader.epoch(3))
         counts.append((len(batches), len(loader)))
         assert all(1 <= len(batch.labels) <= 8 for batch in batches)

@@ -62,7 +62,7 @@ def test_error_names_every_source_and_the_way_out(tmp_path: Path) -> None:
 def test_wrong_content_is_not_kept(tmp_path: Path) -> None:
     calls: list[str] = []
     tampered = source("first", write(b"something else", calls, "first"))
-    with pytest.raises(DataUnavailableError, match="sha256 is .*, expected "):
+    with pytest.raises(DataUnavailableError, match=r"sha256 is .*, expected "):
         cached_archive(tmp_path, (tampered,))
     assert not (tmp_path / "first.zip").exists()
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow as pa
@@ -48,7 +49,7 @@ def expected_splits(discard_last: int) -> dict[str, list[Row]]:
 
 def ids_of(ids: JaggedIds) -> list[list[int]]:
     offsets, values = ids.offsets_N1.tolist(), ids.values_T.tolist()
-    return [values[start:end] for start, end in zip(offsets, offsets[1:], strict=False)]
+    return [values[start:end] for start, end in pairwise(offsets)]
 
 
 @pytest.mark.parametrize("discard_last", [0, 2])

@@ -1,0 +1,194 @@
+"""How much is lost at eight times fewer embedding parameters? Three seeds of every method on MovieLens-100K.
+
+    python benchmarks/movielens_8x.py
+
+Finished runs in `runs/movielens_8x` are not run again (`--fresh` forgets them). Writes `docs/results/movielens_8x.md`
+and `.json`, and puts the table between the `movielens_8x` markers of the README. All methods have the same settings,
+the defaults of `dlrm_example.train`; those were chosen with `--discard_last 2`, so out of sight of what is reported.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlrm_example.config import TrainConfig
+from dlrm_example.console import set_up_logging
+from dlrm_example.distributed import process_group
+from dlrm_example.records import CONFIG, SUMMARY, Summary, read_summary, write_json
+from dlrm_example.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "movielens_8x"
+METHODS = ("full", "hashing_trick", "ce", "qr", "cce")
+BASELINE = "hashing_trick"
+SEEDS = (1, 2, 3)
+COMPRESSION = 8.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="forget finished runs")
+    arguments = parser.parse_args(argv)
+    set_up_logging()
+    runs_folder = ROOT / "runs" / NAME
+    if arguments.fresh:
+        shutil.rmtree(runs_folder, ignore_errors=True)
+    configs = [run_config(method, seed, runs_folder) for method in METHODS for seed in SEEDS]
+    with process_group():
+        runs = [run_or_read(config) for config in configs]
+    table = markdown_table(runs)
+    write_results(runs, table, configs[0], [Path(config.run_dir) for config in configs])
+    replace_in_readme(ROOT / "README.md", table)
+    print(table)
+    return 0
+
+
+def run_config(method: str, seed: int, folder: Path) -> TrainConfig:
+    return TrainConfig(
+        run_dir=str((folder / f"{method}-{seed}").relative_to(ROOT)),
+        method=method,
+        compression=1.0 if method == "full" else COMPRESSION,
+        seed=seed,
+        overwrite=True,
+    )
+
+
+def run_or_read(config: TrainConfig) -> Summary:
+    """The finished run of exactly this config, or a new one."""
+    folder = ROOT / config.run_dir
+    if (folder / SUMMARY).exists() and _config_of(folder) == json.loads(json.dumps(asdict(config))):
+        return read_summary(folder)
+    os.chdir(ROOT)
+    summary = train(config)
+    write_json(folder / "provenance.json", provenance())
+    return summary
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / CONFIG).read_text())
+    config.pop("versions")
+    return config
+
+
+def markdown_table(runs: Sequence[Summary]) -> str:
+    """Mean and standard deviation over the seeds, a line a method."""
+    head = (
+        "| method | embedding params | fewer params | fewer bytes | best val BCE | val AUROC | test BCE | test AUROC |"
+    )
+    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    for method in METHODS:
+        mine = [run for run in runs if run.method == method]
+        sizes = f"{mine[0].embedding_params:,} | {mine[0].compression_params:.1f}x | {mine[0].compression_bytes:.1f}x"
+        fields = ("best_val_bce", "best_val_auroc", "test_bce", "test_auroc")
+        scores = " | ".join(_mean_and_spread([getattr(run, field) for run in mine]) for field in fields)
+        lines.append(f"| `{method}` | {sizes} | {scores} |")
+    return "\n".join(lines)
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+
+
+def margins(runs: Sequence[Summary]) -> dict[str, list[float]]:
+    """For every method and seed, by how much its best validation BCE is below the baseline's of the same seed."""
+    bce = {(run.method, run.seed): run.best_val_bce for run in runs}
+    return {
+        method: [bce[BASELINE, seed] - bce[method, seed] for seed in SEEDS] for method in METHODS if method != BASELINE
+    }
+
+
+def write_results(runs: Sequence[Summary], table: str, config: TrainConfig, folders: Sequence[Path]) -> None:
+    folder = ROOT / "docs" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [json.loads((ROOT / run_dir / "provenance.json").read_text()) for run_dir in folders]
+    settings = {
+        key: value for key, value in asdict(config).items() if key not in ("run_dir", "method", "compression", "seed")
+    }
+    content = {
+        "provenance": [source for index, source in enumerate(sources) if source not in sources[:index]],
+        "seeds": SEEDS,
+        "settings": settings,
+        "runs": [asdict(run) for run in runs],
+        "best_val_bce_below_hashing_trick": margins(runs),
+    }
+    write_json(folder / f"{NAME}.json", content)
+    (folder / f"{NAME}.md").write_text(_page(table, content, margins(runs)))
+
+
+def _page(table: str, content: dict[str, Any], below: dict[str, list[float]]) -> str:
+    sources = "\n".join(f"* {_listed(source)}" for source in content["provenance"])
+    seeds = ", ".join(map(str, SEEDS))
+    by_seed = ", ".join(f"{margin:.4f}" for margin in below["cce"])
+    return f"""# MovieLens-100K at {COMPRESSION:g} times fewer embedding parameters
+
+{table}
+
+Mean ± standard deviation over seeds {seeds}. «Fewer bytes» counts what is stored beside the parameters, such as
+assignments. Best validation BCE over the epochs; test scores are those of that epoch.
+
+CCE's best validation BCE is below the hashing trick's by {_mean_and_spread(below["cce"])} (seed by seed: {by_seed}).
+
+Settings, the same for all methods, chosen on another split (`--discard_last 2`): {_listed(content["settings"])}.
+
+Made by:
+
+{sources}
+
+Raw numbers: [`{NAME}.json`]({NAME}.json).
+"""
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name} `{value}`" for name, value in values.items())
+
+
+def provenance() -> dict[str, str]:
+    """What made a run: command, commit, hardware, versions."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _git("rev-parse", "HEAD")
+        + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or ("" if arguments[0] == "status" else "unknown")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def replace_in_readme(readme: Path, table: str) -> None:
+    """Put the table between the markers, where there are any."""
+    start, end = f"<!-- {NAME}:start -->", f"<!-- {NAME}:end -->"
+    text = readme.read_text() if readme.exists() else ""
+    if start not in text or end not in text:
+        return
+    before, rest = text.split(start, 1)
+    _, after = rest.split(end, 1)
+    readme.write_text(f"{before}{start}\n{table}\n{end}{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
