@@ -11,6 +11,11 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 OUR_LOGGERS = ("dlrm_example", "cce_torchrec")
+STACK_WARNINGS = (  # what torchrec and torchmetrics say about their own use of torch
+    "`broadcast_buffers` is deprecated",
+    "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "Using a non-tuple sequence for multidimensional indexing is deprecated",
+)
 
 
 def is_main_process() -> bool:
@@ -26,7 +31,8 @@ def set_up_logging() -> None:
     for name in OUR_LOGGERS:
         logging.getLogger(name).setLevel(logging.INFO if is_main_process() else logging.ERROR)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torchrec\.")
+    for message in STACK_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:

@@ -12,13 +12,15 @@ from dlrm_example.console import set_up_logging
 from dlrm_example.data import DataUnavailableError
 from dlrm_example.distributed import process_group
 from dlrm_example.plots import plot_runs
+from dlrm_example.recipe import SETTINGS, movielens_config
 from dlrm_example.records import Summary
 from dlrm_example.report import summary_table
 from dlrm_example.train import train
 
 logger = logging.getLogger(__name__)
 
-COMPRESSIONS = {"full": 1.0, "hashing_trick": 8.0, "cce": 8.0}
+METHODS = ("full", "hashing_trick", "cce")
+EVALUATE_EVERY = 35  # steps, of 70 an epoch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,32 +28,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging()
     started = time.perf_counter()
     folder = Path(arguments.run_dir)
-    configs = {method: quickstart_config(method, folder, arguments.epochs) for method in COMPRESSIONS}
+    configs = [
+        movielens_config(
+            method, str(folder / method), epochs=arguments.epochs, validation_freq_within_epoch=EVALUATE_EVERY
+        )
+        for method in METHODS
+    ]
     try:
         with process_group():  # one for all three runs
-            runs = [_run(config) for config in configs.values()]
+            runs = [_run(config) for config in configs]
     except DataUnavailableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     picture = folder / "quickstart.png"
-    plot_runs({_title(config): Path(config.run_dir) for config in configs.values()}, picture)
+    plot_runs({_title(config): Path(config.run_dir) for config in configs}, picture)
     print(f"\n{summary_table(runs)}\n")
-    print(f"Every run's config, metrics and summary: {folder}/{{{','.join(configs)}}}/")
+    print(f"Every run's config, metrics and summary: {folder}/{{{','.join(METHODS)}}}/")
     print(f"Validation BCE by step and by parameters: {picture}")
     print(f"Took {time.perf_counter() - started:.0f} s.")
     return 0
-
-
-def quickstart_config(method: str, folder: Path, epochs: int) -> TrainConfig:
-    """The defaults of training, evaluated twice an epoch for a smoother curve."""
-    return TrainConfig(
-        run_dir=str(folder / method),
-        method=method,
-        compression=COMPRESSIONS[method],
-        epochs=epochs,
-        validation_freq_within_epoch=35,
-        overwrite=True,
-    )
 
 
 def _run(config: TrainConfig) -> Summary:
@@ -68,8 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run_dir", default="runs/quickstart", help="where everything is written (default: %(default)s)"
     )
-    default_epochs = TrainConfig(run_dir="").epochs
-    parser.add_argument("--epochs", type=int, default=default_epochs, help="of each run (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=SETTINGS["epochs"], help="of each run (default: %(default)s)")
     return parser
 
 
