@@ -1,0 +1,80 @@
+"""What the contract is checked on: every method of the registry, every choice it offers, several sizes and budgets."""
+
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
+
+from cce_torchrec import METHODS, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig
+from cce_torchrec.methods import MethodConfig
+
+
+class Variant(NamedTuple):
+    """A method with its choices (fields of a ``Literal`` type, such as QR's operation) fixed."""
+
+    key: str
+    overrides: dict[str, Any]
+
+    @property
+    def method(self) -> type[MethodConfig]:
+        return METHODS[self.key]
+
+    def from_budget(self, num_embeddings: int, embedding_dim: int, num_params: int) -> MethodConfig:
+        return self.method.from_budget(num_embeddings, embedding_dim, num_params, **self.overrides)
+
+    def __str__(self) -> str:
+        return "-".join([self.key, *map(str, self.overrides.values())])
+
+
+def _variants() -> Iterator[Variant]:
+    for key, method in METHODS.items():
+        choices = {name: get_args(hint) for name, hint in get_type_hints(method).items() if get_origin(hint) is Literal}
+        yield Variant(key, {})
+        for name, values in choices.items():
+            yield from (Variant(key, {name: value}) for value in values)
+
+
+VARIANTS = list(_variants())
+
+
+def smallest_budget(variant: Variant, num_embeddings: int, embedding_dim: int) -> int:
+    """The smallest budget, as the method's own error message names it."""
+    try:
+        variant.from_budget(num_embeddings, embedding_dim, 0)
+    except ValueError as error:
+        return int(re.findall(r"\d+", str(error))[-1])
+    raise AssertionError(f"{variant} fits in a budget of 0 parameters")
+
+
+def budgets(variant: Variant, num_embeddings: int, embedding_dim: int) -> list[int]:
+    """The smallest one, one that no row width divides, and generous ones."""
+    smallest, full = smallest_budget(variant, num_embeddings, embedding_dim), num_embeddings * embedding_dim
+    return sorted({smallest, smallest + 1, smallest + 3 * embedding_dim + 1, max(smallest, full // 3), 2 * full + 7})
+
+
+def make_table(method: MethodConfig, name: str = "t", **fields: Any) -> CompressedEmbeddingBagConfig:
+    defaults = {"num_embeddings": 50, "embedding_dim": 8, "feature_names": [f"f_{name}"]}
+    return CompressedEmbeddingBagConfig(name=name, method=method, **(defaults | fields))
+
+
+def parameters(collection: CompressedEmbeddingBagCollection) -> dict[str, Tensor]:
+    """Every trainable tensor of the collection, by physical table."""
+    return {name.split(".")[-2]: parameter for name, parameter in collection.named_parameters()}
+
+
+def decode(collection: CompressedEmbeddingBagCollection, table: str, weights: dict[str, Tensor]) -> Tensor:
+    """Every id's vector from ``weights``, by the definition in methods/base.py, an id, a column and a row at a time."""
+    lowered = next(lowered for lowered in collection.lowered_tables if lowered.name == table)
+    vectors = []
+    for number in range(lowered.config.num_embeddings):
+        rows_C1R = lowered.row_map.rows(torch.tensor([number])).tolist()
+        columns = []
+        for name, ((*rows,),) in zip(lowered.physical_names, rows_C1R, strict=True):
+            column = weights[name][rows[0]]
+            for row in rows[1:]:
+                column = column + weights[name][row]
+            columns.append(column)
+        vectors.append(torch.cat(columns) * lowered.row_map.scale)
+    return torch.stack(vectors)

@@ -1,0 +1,114 @@
+"""Every method: pooled vectors and their gradients are those of the full table that it stands for."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import DataType, PoolingType
+
+from cce_torchrec import CompressedEmbeddingBagCollection
+from tests.contract.cases import VARIANTS, Variant, budgets, decode, make_table, parameters
+from tests.unit.oracles import make_kjt, pool
+
+V, D = 50, 8
+# Single ids, several, none, one id three times, the first and the last.
+BAGS = [[3], [], [7, 7, 7, 0], [49, 0, 20, 31, 5], [], [12, 3]]
+WEIGHTS = [[0.5], [], [1.0, -2.0, 0.25, 3.0], [1.0, 0.0, 2.0, -1.0, 0.5], [], [4.0, -0.125]]
+
+every_method = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+every_pooling = pytest.mark.parametrize("pooling", [PoolingType.SUM, PoolingType.MEAN], ids=["sum", "mean"])
+
+
+def build(variant: Variant, budget: int, is_weighted: bool = False, **fields: Any) -> CompressedEmbeddingBagCollection:
+    method = variant.from_budget(V, D, budget)
+    table = make_table(method, num_embeddings=V, embedding_dim=D, feature_names=["f"], init_fn=torch.nn.init.normal_)
+    for name, value in fields.items():
+        setattr(table, name, value)
+    return CompressedEmbeddingBagCollection(tables=[table], is_weighted=is_weighted)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["unweighted", "weighted"])
+@every_pooling
+@every_method
+def test_forward_pools_the_dense_table(variant: Variant, pooling: PoolingType, is_weighted: bool) -> None:
+    weights = WEIGHTS if is_weighted else None
+    kjt = make_kjt({"f": BAGS}, {"f": WEIGHTS} if is_weighted else None)
+    for budget in budgets(variant, V, D):
+        collection = build(variant, budget, is_weighted, pooling=pooling)
+        out = collection(kjt)
+        assert out.keys() == ["f"]
+        expected = pool(collection.dense_weight("t"), BAGS, pooling, weights)
+        torch.testing.assert_close(out["f"], expected, msg=lambda text, m=collection: f"{m.lowered_tables}: {text}")
+        assert not out["f"][1].any()
+
+
+@every_method
+def test_dense_weight_is_the_definition(variant: Variant) -> None:
+    for budget in budgets(variant, V, D):
+        collection = build(variant, budget)
+        dense = collection.dense_weight("t")
+        assert (dense.shape, dense.dtype, dense.requires_grad) == ((V, D), torch.float32, False)
+        torch.testing.assert_close(dense, decode(collection, "t", parameters(collection)).detach())
+
+
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["unweighted", "weighted"])
+@every_pooling
+@every_method
+def test_gradients_are_those_of_autograd_in_float64(variant: Variant, pooling: PoolingType, is_weighted: bool) -> None:
+    weights = WEIGHTS if is_weighted else None
+    collection = build(variant, budgets(variant, V, D)[-2], is_weighted, pooling=pooling)
+    target = torch.randn(len(BAGS), D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(out: Tensor) -> Tensor:
+        return ((out - target.to(out)) ** 3).sum()
+
+    loss(collection(make_kjt({"f": BAGS}, {"f": WEIGHTS} if is_weighted else None))["f"]).backward()
+    doubles = {name: p.detach().double().requires_grad_() for name, p in parameters(collection).items()}
+    loss(pool(decode(collection, "t", doubles), BAGS, pooling, weights)).backward()
+    for name, parameter in parameters(collection).items():
+        grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
+        torch.testing.assert_close(grad.double(), doubles[name].grad, rtol=1e-4, atol=1e-4)
+        assert grad.any()
+
+
+@every_pooling
+@every_method
+def test_half_precision_tables(variant: Variant, pooling: PoolingType) -> None:
+    collection = build(variant, budgets(variant, V, D)[-2], data_type=DataType.FP16, pooling=pooling)
+    assert {parameter.dtype for parameter in parameters(collection).values()} == {torch.float16}
+    out = collection(make_kjt({"f": BAGS}))["f"]
+    assert out.dtype == torch.float32
+    expected = pool(collection.dense_weight("t"), BAGS, pooling)
+    torch.testing.assert_close(out, expected, rtol=5e-3, atol=2e-2)
+
+
+@every_method
+def test_int32_ids_and_lengths(variant: Variant) -> None:
+    collection = build(variant, budgets(variant, V, D)[-2])
+    out = collection(make_kjt({"f": BAGS}, dtype=torch.int32))["f"]
+    torch.testing.assert_close(out, pool(collection.dense_weight("t"), BAGS, PoolingType.SUM))
+
+
+@every_method
+def test_a_batch_of_empty_bags(variant: Variant) -> None:
+    collection = build(variant, budgets(variant, V, D)[-2], pooling=PoolingType.MEAN)
+    assert torch.equal(collection(make_kjt({"f": [[], [], []]}))["f"], torch.zeros(3, D))
+
+
+@every_method
+def test_weights_of_a_batch_are_ignored_where_the_collection_is_not_weighted(variant: Variant) -> None:
+    collection = build(variant, budgets(variant, V, D)[-2])
+    out = collection(make_kjt({"f": BAGS}, {"f": WEIGHTS}))["f"]
+    torch.testing.assert_close(out, pool(collection.dense_weight("t"), BAGS, PoolingType.SUM))
+
+
+@every_method
+def test_hashed_methods_take_any_id(variant: Variant) -> None:
+    collection = build(variant, budgets(variant, V, D)[-2])
+    wild = make_kjt({"f": [[-1], [V], [2**62], [-(2**63)]]})
+    if collection.lowered_tables[0].row_map.bounded:
+        with pytest.raises(IndexError, match="Table 't': id -1 is outside"):
+            collection(wild)
+    else:
+        assert collection(wild)["f"].isfinite().all()

@@ -1,0 +1,133 @@
+"""Every method: initialisation, seeds, checkpoints, the meta device."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_torchrec import CompressedEmbeddingBagCollection, recluster
+from tests.contract.cases import VARIANTS, Variant, budgets, make_table, parameters
+from tests.unit.oracles import make_kjt
+
+V, D = 50, 8
+
+SEEDED = [v for v in VARIANTS if "seed" in {field.name for field in dataclasses.fields(v.method)}]
+
+every_method = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+
+
+def build(
+    variant: Variant, seed: int = 0, device: str | None = None, **fields: int
+) -> CompressedEmbeddingBagCollection:
+    torch.manual_seed(seed)
+    method = dataclasses.replace(variant.from_budget(V, D, budgets(variant, V, D)[-2]), **fields)
+    return CompressedEmbeddingBagCollection(
+        tables=[make_table(method, num_embeddings=V, embedding_dim=D, feature_names=["f"])], device=device
+    )
+
+
+def trained(variant: Variant) -> CompressedEmbeddingBagCollection:
+    """One whose buffers have moved on, where they can."""
+    collection = build(variant, seed=1)
+    if variant.method.reclusterable:
+        recluster(collection, seed=0)
+    return collection
+
+
+def outputs(collection: CompressedEmbeddingBagCollection) -> Tensor:
+    return collection(make_kjt({"f": [[number] for number in range(V)]}))["f"].detach()
+
+
+def initial_mean_square(variant: Variant, num_embeddings: int, dim: int, **fields: Any) -> float:
+    """The mean squared entry of the decoded table over many draws (some methods have few rows of one kind)."""
+    budget = max(budgets(variant, num_embeddings, dim)[0], num_embeddings * dim // 8)
+    table = make_table(
+        variant.from_budget(num_embeddings, dim, budget), num_embeddings=num_embeddings, embedding_dim=dim, **fields
+    )
+    torch.manual_seed(0)
+    draws = [CompressedEmbeddingBagCollection(tables=[table]).dense_weight("t") for _ in range(40)]
+    return float(torch.stack(draws).double().square().mean())
+
+
+@every_method
+def test_initial_variance_is_the_full_tables(variant: Variant) -> None:
+    # TorchRec's default is uniform on +-sqrt(1 / V); the variance of uniform(-b, b) is b^2 / 3.
+    assert initial_mean_square(variant, 1000, 16) == pytest.approx(1 / 1000 / 3, rel=0.1)
+
+
+@every_method
+def test_initial_variance_follows_the_configs_bounds_and_init_fn(variant: Variant) -> None:
+    bounds = {"weight_init_min": -0.5, "weight_init_max": 0.5}
+    assert initial_mean_square(variant, 1000, 16, **bounds) == pytest.approx(0.25 / 3, rel=0.1)
+    normal = partial(torch.nn.init.normal_, std=3.0)
+    assert initial_mean_square(variant, 1000, 16, init_fn=normal) == pytest.approx(9.0, rel=0.1)
+
+
+@every_method
+def test_state_dict_round_trip(variant: Variant) -> None:
+    source, copy = trained(variant), build(variant, seed=2)
+    assert not torch.equal(source.dense_weight("t"), copy.dense_weight("t"))
+    copy.load_state_dict({name: value.clone() for name, value in source.state_dict().items()})
+    assert torch.equal(source.dense_weight("t"), copy.dense_weight("t"))
+    assert torch.equal(outputs(source), outputs(copy))
+
+
+@every_method
+def test_everything_trainable_and_stored_is_in_the_state_dict(variant: Variant) -> None:
+    collection = build(variant)
+    stored = {tensor.data_ptr() for tensor in [*collection.parameters(), *collection.buffers()]}
+    assert {tensor.data_ptr() for tensor in collection.state_dict().values()} == stored
+    assert all(parameter.requires_grad and parameter.is_floating_point() for parameter in collection.parameters())
+
+
+@every_method
+def test_same_seed_same_result(variant: Variant) -> None:
+    assert torch.equal(build(variant, seed=3).dense_weight("t"), build(variant, seed=3).dense_weight("t"))
+    assert not torch.equal(build(variant, seed=3).dense_weight("t"), build(variant, seed=4).dense_weight("t"))
+
+
+@pytest.mark.parametrize("variant", SEEDED, ids=str)
+def test_the_methods_own_seed_and_the_tables_name_choose_the_rows(variant: Variant) -> None:
+    method = variant.from_budget(V, D, budgets(variant, V, D)[-2])
+
+    def rows(seed: int, name: str) -> Tensor:
+        return dataclasses.replace(method, seed=seed).row_map(name, V, D, None).rows(torch.arange(V))
+
+    assert torch.equal(rows(0, "t"), rows(0, "t"))
+    assert not torch.equal(rows(0, "t"), rows(1, "t"))
+    assert not torch.equal(rows(0, "t"), rows(0, "u"))
+
+
+@every_method
+def test_meta_then_a_checkpoint(variant: Variant) -> None:
+    source, copy = trained(variant), build(variant, device="meta")
+    assert copy.device == torch.device("meta")
+    assert {tensor.device.type for tensor in [*copy.parameters(), *copy.buffers()]} == {"meta"}
+    assert parameters(copy).keys() == parameters(source).keys()
+    copy.to_empty(device="cpu")
+    copy.load_state_dict(source.state_dict())
+    assert torch.equal(outputs(source), outputs(copy))
+
+
+@every_method
+def test_meta_then_reset_gives_the_rows_of_a_fresh_one(variant: Variant) -> None:
+    fresh, copy = build(variant), build(variant, device="meta").to_empty(device="cpu")
+    for table, other in zip(copy.lowered_tables, fresh.lowered_tables, strict=True):
+        table.row_map.reset_parameters()
+        assert torch.equal(table.row_map.rows(torch.arange(V)), other.row_map.rows(torch.arange(V)))
+
+
+@every_method
+def test_an_optimizer_step_moves_what_was_looked_up(variant: Variant) -> None:
+    collection = build(variant)
+    optimizer = torch.optim.SGD(collection.parameters(), lr=0.1)
+    before = collection.dense_weight("t")
+    collection(make_kjt({"f": [[4], []]}))["f"].sum().backward()
+    optimizer.step()
+    moved = collection.dense_weight("t") - before
+    # A table's vector moves by lr times the rows that are added up for it, in every dim.
+    rows = collection.lowered_tables[0].row_map.rows(torch.tensor([4])).shape[2]
+    torch.testing.assert_close(moved[4], torch.full((D,), -0.1 * rows), rtol=1e-4, atol=1e-5)
