@@ -28,7 +28,7 @@ from torch.nn.functional import pad
 from cce_torchrec.hashing import derive_seed, mix64
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
 
-_CPU_BLOCK_ELEMENTS = 2**21  # scores of a block: 8 MiB of float32
+_CPU_BLOCK_ELEMENTS = 2**20  # scores of a block and thread: 4 MiB of float32
 _CUDA_BLOCK_ELEMENTS = 2**25
 _BLOCKS_OF_A_CHUNK = 8
 
@@ -218,7 +218,9 @@ def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, se
         if len(set(values)) > 1:
             raise ValueError(f"{name} must be the same on all ranks, got {values} for ranks 0..{len(values) - 1}.")
     if bad_points:
-        raise ValueError(f"{bad_points} of {total} points are not finite (or above {limit:.1e}, where squares overflow).")
+        raise ValueError(
+            f"{bad_points} of {total} points are not finite (or above {limit:.1e}, where squares overflow)."
+        )
     if bad_weights:
         raise ValueError(f"{bad_weights} of {total} weights are negative or not finite.")
     if usable == 0:
@@ -265,6 +267,7 @@ class _Search:
     def __init__(self, centroids_KD: Tensor, block: int | None) -> None:
         self._first_of_equals_K = _first_of_equals(centroids_KD)
         self._centroids_KD = centroids_KD[self._first_of_equals_K]
+        self._num_centroids = len(centroids_KD)
         K, D = self._centroids_KD.shape
         dtype, device = centroids_KD.dtype, centroids_KD.device
         self._classes = K if K <= 32 else 16 * math.ceil(math.sqrt(K) / 16)
@@ -284,40 +287,65 @@ class _Search:
         """Cuts N points in chunks for :meth:`nearest`, of several blocks each."""
         return _slices(N, _BLOCKS_OF_A_CHUNK * self._block)
 
-    def nearest(self, points_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest centroid of each point of a chunk, int64 [N], and the squared distance to it, [N]."""
-        assignment_N, uncertain_N = self._by_scores(points_ND)
+    def nearest(self, points_ND: Tensor, guess_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The nearest centroid of each point of a chunk, int64 [N], and the squared distance to it, [N].
+
+        ``guess_N`` changes nothing but the time: points whose guess is right skip the search for the index.
+        """
+        if len(self._first_of_equals_K) < self._num_centroids:
+            guess_N = None  # its numbers are not those of the distinct centroids
+        assignment_N, uncertain_N = self._by_scores(points_ND, guess_N)
         doubtful = uncertain_N.nonzero().squeeze(1)
         if len(doubtful):
             assignment_N[doubtful] = self._by_differences(points_ND[doubtful])
         nearest_ND = self._centroids_KD.index_select(0, assignment_N)
         return self._first_of_equals_K[assignment_N], nearest_ND.sub_(points_ND).square_().sum(dim=1)
 
-    def _by_scores(self, points_ND: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_scores(self, points_ND: Tensor, guess_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """The arg-min of |c|^2 - 2 x.c, and where rounding may have decided it."""
-        N = len(points_ND)
         centred_ND = points_ND - self._origin_D
-        minima_NC, winners_NG = points_ND.new_empty(N, self._classes), points_ND.new_empty(N, self._groups)
-        best_N1, class_N1 = points_ND.new_empty(N, 1), torch.empty(N, 1, dtype=torch.int64, device=points_ND.device)
-        # Few and large kernels: each one costs a synchronisation of all cores.
-        for at in _slices(N, self._block):
-            centred_BD = centred_ND[at]
-            scores_BK = self._scores_BK[: len(centred_BD)]
-            torch.addmm(self._norms_K, centred_BD, self._centred_DK, alpha=-2, out=scores_BK)
-            scores_BGC = scores_BK.view(-1, self._groups, self._classes)
-            torch.amin(scores_BGC, dim=1, out=minima_NC[at])
-            torch.min(minima_NC[at], dim=1, keepdim=True, out=(best_N1[at], class_N1[at]))
-            class_BG1 = class_N1[at, :, None].expand(-1, self._groups, 1)
-            torch.gather(scores_BGC, 2, class_BG1, out=winners_NG[at].unsqueeze(2))
-        group_N1 = winners_NG.argmin(dim=1, keepdim=True)
-        # The runner-up is the least of what remains in the winning class and of the other classes' minima.
-        others_N = minima_NC.scatter_(1, class_N1, torch.inf).amin(dim=1)
-        runner_up_N = torch.minimum(others_N, winners_NG.scatter_(1, group_N1, torch.inf).amin(dim=1))
-        best_N = best_N1.squeeze(1)
         # Either score is wrong by at most rounding * (|x| + |c|)^2, and |c| <= |x| + d: 16 |x|^2 + 4 d^2 covers both.
-        slack_N = (centred_ND.square_().sum(dim=1) * 20).add_(best_N, alpha=4).mul_(self._rounding)
-        assignment_N = group_N1.mul_(self._classes).add_(class_N1).squeeze(1)
-        return assignment_N, runner_up_N.sub_(best_N) <= slack_N
+        slack_N = centred_ND.square().sum(dim=1).mul_(20 * self._rounding)
+        assignment_N = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
+        uncertain_N = torch.empty(len(points_ND), dtype=torch.bool, device=points_ND.device)
+        for at in _slices(len(points_ND), self._block):
+            scores_BK = self._scores_BK[: len(slack_N[at])]
+            torch.addmm(self._norms_K, centred_ND[at], self._centred_DK, alpha=-2, out=scores_BK)
+            if guess_N is None:
+                assignment_N[at], uncertain_N[at] = self._winners(scores_BK, slack_N[at])
+            else:
+                assignment_N[at], uncertain_N[at] = self._confirm(scores_BK, slack_N[at], guess_N[at])
+        return assignment_N, uncertain_N
+
+    def _winners(self, scores_BK: Tensor, slack_B: Tensor) -> tuple[Tensor, Tensor]:
+        """The arg-min of each row in two levels, and where the runner-up is too close to tell. Overwrites the scores."""
+        scores_BGC = scores_BK.view(-1, self._groups, self._classes)
+        minima_BC = scores_BGC.amin(dim=1)
+        best_B1, class_B1 = minima_BC.min(dim=1, keepdim=True)
+        winners_BG = scores_BGC.gather(2, class_B1[:, :, None].expand(-1, self._groups, 1)).squeeze(2)
+        group_B1 = winners_BG.argmin(dim=1, keepdim=True)
+        # The runner-up is the least of what remains in the winning class and of the other classes' minima.
+        others_B = minima_BC.scatter_(1, class_B1, torch.inf).amin(dim=1)
+        runner_up_B = torch.minimum(others_B, winners_BG.scatter_(1, group_B1, torch.inf).amin(dim=1))
+        assignment_B = group_B1.mul_(self._classes).add_(class_B1).squeeze(1)
+        return assignment_B, self._too_close(best_B1.squeeze(1), runner_up_B, slack_B)
+
+    def _confirm(self, scores_BK: Tensor, slack_B: Tensor, guess_B: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`_winners`, which is run on the rows alone where the guess is not the clear winner."""
+        guess_B1 = guess_B[:, None]
+        guessed_B1 = scores_BK.gather(1, guess_B1)
+        scores_BK.scatter_(1, guess_B1, torch.inf)
+        others_B = scores_BK.view(-1, self._groups, self._classes).amin(dim=1).amin(dim=1)
+        uncertain_B = self._too_close(guessed_B1.squeeze(1), others_B, slack_B)
+        assignment_B = guess_B.clone()
+        open_ = uncertain_B.nonzero().squeeze(1)
+        if len(open_):
+            scores = scores_BK.index_select(0, open_).scatter_(1, guess_B1[open_], guessed_B1[open_])
+            assignment_B[open_], uncertain_B[open_] = self._winners(scores, slack_B[open_])
+        return assignment_B, uncertain_B
+
+    def _too_close(self, best_B: Tensor, runner_up_B: Tensor, slack_B: Tensor) -> Tensor:
+        return runner_up_B - best_B <= torch.add(slack_B, best_B, alpha=4 * self._rounding)
 
     def _by_differences(self, points_BD: Tensor) -> Tensor:
         """The arg-min of |x - c|^2 without the cancellation of the expanded square, in float64."""
@@ -346,8 +374,8 @@ def _slices(N: int, step: int) -> Iterator[slice]:
 
 
 def _default_block(num_centroids: int, device: torch.device) -> int:
-    elements = _CUDA_BLOCK_ELEMENTS if device.type == "cuda" else _CPU_BLOCK_ELEMENTS
-    return max(64, elements // max(num_centroids, 32))
+    cpu_elements = _CPU_BLOCK_ELEMENTS * min(torch.get_num_threads(), 16)
+    return max(64, (_CUDA_BLOCK_ELEMENTS if device.type == "cuda" else cpu_elements) // max(num_centroids, 32))
 
 
 @contextmanager
@@ -380,8 +408,11 @@ def _lloyd(
     """Move each centroid to the mean of its points until that no longer helps."""
     objectives: list[float] = []
     num_refilled, just_refilled = 0, True
+    assignment_N: Tensor | None = None
     while True:
-        sums_KD, counts_K, objective, costs_N = _reduced_statistics(share, centroids_KD, ranks, block)
+        sums_KD, counts_K, objective, assignment_N, costs_N = _reduced_statistics(
+            share, centroids_KD, assignment_N, ranks, block
+        )
         empty_K = counts_K == 0
         converged = not just_refilled and objectives[-1] - objective <= tolerance * objectives[-1]
         iterations = len(objectives)
@@ -409,42 +440,45 @@ def _lloyd(
 
 
 def _reduced_statistics(
-    share: _Share, centroids_KD: Tensor, ranks: Collectives, block: int | None
-) -> tuple[Tensor, Tensor, float, Tensor]:
-    """Sums [K, D], counts [K] and objective over all ranks with one all-reduce, and the local squared distances [N].
+    share: _Share, centroids_KD: Tensor, guess_N: Tensor | None, ranks: Collectives, block: int | None
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
+    """Sums [K, D], counts [K] and objective over all ranks; assignment and squared distances [N] of this rank.
 
-    The all-reduce also counts the ranks whose local work raised, so a failure costs no collective of its own.
+    There is one all-reduce. It also counts the ranks whose local work raised, so hearing of a failure costs nothing.
     """
     K, D = centroids_KD.shape
     error: Exception | None = None
     packed = torch.zeros(K * (D + 1) + 2, dtype=torch.float64, device=centroids_KD.device)
-    costs_N = share.weights_N[:0]
+    assignment_N, costs_N = share.ids_N[:0], share.weights_N[:0]
     try:
-        costs_N = _local_statistics(share, centroids_KD, packed, block)
+        assignment_N, costs_N = _local_statistics(share, centroids_KD, guess_N, packed, block)
     except Exception as raised:  # whatever it is, the other ranks must hear of it
         error = raised
         packed[-1] = 1
     packed = ranks.all_reduce_sum(packed)
-    *_, objective, num_failed = packed.tolist()
+    objective, num_failed = packed[-2:].tolist()
     if num_failed:
         ranks.agree(error)
-    moments_KE = packed[: K * (D + 1)].view(K, D + 1)
-    return moments_KE[:, :D], moments_KE[:, D], objective, costs_N
+    moments_KE = packed[:-2].view(K, D + 1)
+    return moments_KE[:, :D], moments_KE[:, D], objective, assignment_N, costs_N
 
 
-def _local_statistics(share: _Share, centroids_KD: Tensor, packed: Tensor, block: int | None) -> Tensor:
-    """Add this rank's weighted sums, counts and objective to ``packed``; return its squared distances [N]."""
+def _local_statistics(
+    share: _Share, centroids_KD: Tensor, guess_N: Tensor | None, packed: Tensor, block: int | None
+) -> tuple[Tensor, Tensor]:
+    """Add this rank's weighted sums, counts and objective to ``packed``; return assignment and squared distances."""
     K, D = centroids_KD.shape
-    moments_KE = packed[: K * (D + 1)].view(K, D + 1)
-    costs_N = torch.empty_like(share.weights_N)
+    moments_KE = packed[:-2].view(K, D + 1)
+    assignment_N, costs_N = torch.empty_like(share.ids_N), torch.empty_like(share.weights_N)
     search = _Search(centroids_KD, block)
     with _true_float32(centroids_KD.device):
         for at in search.chunks(len(costs_N)):
-            assignment, costs_N[at] = search.nearest(share.points_ND[at])
+            guess = None if guess_N is None else guess_N[at]
+            assignment_N[at], costs_N[at] = search.nearest(share.points_ND[at], guess)
             moments = pad(share.points_ND[at].double(), (0, 1), value=1.0).mul_(share.weights_N[at, None])
-            moments_KE.index_add_(0, assignment, moments)
+            moments_KE.index_add_(0, assignment_N[at], moments)
     packed[-2] = costs_N @ share.weights_N
-    return costs_N
+    return assignment_N, costs_N
 
 
 # --- drawing points with probability proportional to w |x - nearest centroid|^2 --------------------------------------
@@ -506,28 +540,33 @@ def _draw(
 ) -> Tensor:
     """Up to ``wanted`` points of any rank, as sequential draws proportional to w * cost would pick them: [F, D].
 
-    An exponential race: the smallest E_n / (w_n cost_n), E_n ~ Exp(1) hashed from the id, are a draw without
-    replacement, and merging the ranks' best keeps it one. The costs are stale after the first pick; a candidate whose
-    cost has since fallen from ``cost`` to ``now`` is kept with probability now / cost (rejection sampling).
+    An exponential race: point n arrives at time E_n / (w_n cost_n), where E_n ~ Exp(1) is hashed from its id, and the
+    first to arrive is picked. When a pick lowers the cost of another point, what is left of that one's wait grows by
+    the same factor. Waits never shrink, so the picks are final up to the first arrival that was not gathered.
     """
     num_candidates = 2 * wanted + 16
     with ranks.guard():
         local = _local_candidates(share, costs_N, centroids_KD, num_candidates, key)
     words = ranks.all_gather_rows(local).cpu()
     ids_M = words[:, 0].contiguous()
-    keys_M, costs_M = words[:, 1:3].T.contiguous().view(torch.float64)
+    times_M, costs_M = words[:, 1:3].T.contiguous().view(torch.float64)
     points_MD = words[:, 3:].contiguous().view(torch.float64)
     by_id = ids_M.argsort()
-    order = by_id[keys_M[by_id].argsort(stable=True)][:num_candidates]
-    costs_M, points_MD = costs_M[order], points_MD[order]
-    needed = (_uniform(ids_M[order], (*key, "keep")) * costs_M).tolist()
+    order = by_id[times_M[by_id].argsort(stable=True)][:num_candidates]
+    times_M, costs_M, points_MD = times_M[order], costs_M[order], points_MD[order]
+    horizon = float(times_M[-1]) if len(order) == num_candidates else math.inf
     between_MM = _squared_distances(points_MD, points_MD)
-    kept: list[int] = []
-    for candidate, least in enumerate(needed):
-        if len(kept) < wanted and float(costs_M[candidate]) > least:
-            kept.append(candidate)
-            torch.minimum(costs_M, between_MM[candidate], out=costs_M)
-    return points_MD[kept].to(share.points_ND)
+    picked: list[int] = []
+    while len(order) and len(picked) < wanted:
+        pick = int(times_M.argmin())
+        now = float(times_M[pick])
+        if now > horizon or now == math.inf:
+            break
+        picked.append(pick)
+        lower_M = torch.minimum(costs_M, between_MM[pick])
+        times_M = torch.where(lower_M > 0, now + (times_M - now) * (costs_M / lower_M), torch.inf)
+        costs_M = lower_M
+    return points_MD[picked].to(share.points_ND)
 
 
 def _local_candidates(
