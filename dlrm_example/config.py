@@ -44,7 +44,7 @@ class TrainConfig:
     interaction_branch1_layer_sizes: tuple[int, ...] = (128, 64)
     interaction_branch2_layer_sizes: tuple[int, ...] = (128, 64)
 
-    learning_rate: float = 0.02
+    learning_rate: float = 0.05
     eps: float = 1e-8
     adagrad: bool = False
     epochs: int = 10
