@@ -48,22 +48,22 @@ def initial_mean_square(variant: Variant, num_embeddings: int, dim: int, **field
         variant.from_budget(num_embeddings, dim, budget), num_embeddings=num_embeddings, embedding_dim=dim, **fields
     )
     torch.manual_seed(0)
-    draws = [CompressedEmbeddingBagCollection(tables=[table]).dense_weight("t") for _ in range(40)]
+    draws = [CompressedEmbeddingBagCollection(tables=[table]).dense_weight("t") for _ in range(24)]
     return float(torch.stack(draws).double().square().mean())
 
 
 @every_method
 def test_initial_variance_is_the_full_tables(variant: Variant) -> None:
     # TorchRec's default is uniform on +-sqrt(1 / V); the variance of uniform(-b, b) is b^2 / 3.
-    assert initial_mean_square(variant, 1000, 16) == pytest.approx(1 / 1000 / 3, rel=0.1)
+    assert initial_mean_square(variant, 1000, 16) == pytest.approx(1 / 1000 / 3, rel=0.13)
 
 
 @every_method
 def test_initial_variance_follows_the_configs_bounds_and_init_fn(variant: Variant) -> None:
     bounds = {"weight_init_min": -0.5, "weight_init_max": 0.5}
-    assert initial_mean_square(variant, 1000, 16, **bounds) == pytest.approx(0.25 / 3, rel=0.1)
+    assert initial_mean_square(variant, 1000, 16, **bounds) == pytest.approx(0.25 / 3, rel=0.13)
     normal = partial(torch.nn.init.normal_, std=3.0)
-    assert initial_mean_square(variant, 1000, 16, init_fn=normal) == pytest.approx(9.0, rel=0.1)
+    assert initial_mean_square(variant, 1000, 16, init_fn=normal) == pytest.approx(9.0, rel=0.13)
 
 
 @every_method

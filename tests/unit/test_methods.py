@@ -1,0 +1,147 @@
+"""Each method's own formula, written out on Python integers."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_torchrec import CCE, CE, QR, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, FullTable
+from cce_torchrec import HashingTrick as Hashing
+from cce_torchrec.methods import MethodConfig
+from cce_torchrec.methods.base import id_chunks
+from tests.unit.oracles import python_hash
+
+V, D = 41, 8
+
+
+def build(method: MethodConfig, num_embeddings: int = V) -> CompressedEmbeddingBagCollection:
+    table = CompressedEmbeddingBagConfig(
+        name="t", num_embeddings=num_embeddings, embedding_dim=D, feature_names=["f"], method=method
+    )
+    return CompressedEmbeddingBagCollection(tables=[table])
+
+
+def weights(collection: CompressedEmbeddingBagCollection) -> list[Tensor]:
+    return [parameter.detach() for parameter in collection.parameters()]
+
+
+def test_full_is_the_table_itself() -> None:
+    collection = build(FullTable())
+    assert torch.equal(collection.dense_weight("t"), weights(collection)[0])
+    assert torch.equal(collection.dense_weight("t"), collection.codebook("t"))
+
+
+def test_hashing_trick_looks_up_the_hashed_row() -> None:
+    collection = build(Hashing(num_rows=7, seed=3))
+    (codebook,) = weights(collection)
+    assert codebook.shape == (7, D)
+    expected = [codebook[python_hash(v, 7, 0, 3, "t", "hashing_trick")] for v in range(V)]
+    assert torch.equal(collection.dense_weight("t"), torch.stack(expected))
+
+
+def test_ce_concatenates_a_hashed_row_a_column() -> None:
+    collection = build(CE(num_rows=5, num_columns=4, seed=1))
+    books = weights(collection)
+    assert [book.shape for book in books] == [(5, 2)] * 4
+    expected = [torch.cat([book[python_hash(v, 5, i, 1, "t", "ce")] for i, book in enumerate(books)]) for v in range(V)]
+    assert torch.equal(collection.dense_weight("t"), torch.stack(expected))
+
+
+def test_cce_adds_an_assigned_and_a_hashed_row_in_each_column() -> None:
+    collection = build(CCE(num_rows=6, num_columns=2, num_helper_rows=3, seed=9))
+    books = weights(collection)
+    assert [book.shape for book in books] == [(6 + 3, 4)] * 2
+    assignments = collection.state_dict()["_row_maps.t.assignments"]
+    assert assignments.shape == (V, 2)
+    key = (9, "t", "cce")
+    # Before anything is learned, the stored assignment is itself a hash.
+    hashed = [[python_hash(v, 6, i, *key, "main") for i in range(2)] for v in range(V)]
+    assert assignments.tolist() == hashed
+    assignments.random_(0, 6)
+    expected = [
+        torch.cat(
+            [
+                book[int(assignments[v, i])] + book[6 + python_hash(v, 3, i, *key, "helper", 0)]
+                for i, book in enumerate(books)
+            ]
+        )
+        for v in range(V)
+    ]
+    torch.testing.assert_close(collection.dense_weight("t"), torch.stack(expected))
+
+
+@pytest.mark.parametrize("remainders", [1, 6, 7, 41, 50])
+def test_additive_qr_adds_remainder_and_quotient_rows(remainders: int) -> None:
+    collection = build(QR(num_remainders=remainders))
+    (codebook,) = weights(collection)
+    assert len(codebook) == remainders + math.ceil(V / remainders)
+    expected = [codebook[v % remainders] + codebook[remainders + v // remainders] for v in range(V)]
+    torch.testing.assert_close(collection.dense_weight("t"), torch.stack(expected))
+
+
+@pytest.mark.parametrize("remainders", [1, 6, 7, 41, 50])
+def test_concatenated_qr_puts_them_side_by_side(remainders: int) -> None:
+    collection = build(QR(num_remainders=remainders, operation="concat"))
+    remainder, quotient = weights(collection)
+    assert (remainder.shape, quotient.shape) == ((remainders, D // 2), (math.ceil(V / remainders), D // 2))
+    expected = [torch.cat([remainder[v % remainders], quotient[v // remainders]]) for v in range(V)]
+    assert torch.equal(collection.dense_weight("t"), torch.stack(expected))
+
+
+@pytest.mark.parametrize("operation", ["add", "concat"])
+def test_no_two_ids_share_a_qr_pair(operation: str) -> None:
+    rows_CNR = QR(num_remainders=6, operation=operation).row_map("t", V, D, None).rows(torch.arange(V))
+    assert len(torch.unique(rows_CNR.transpose(0, 1).reshape(V, 2), dim=0)) == V
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"),
+    [
+        (1, torch.uint8),
+        (256, torch.uint8),
+        (257, torch.int16),
+        (32_768, torch.int16),
+        (32_769, torch.int32),
+    ],
+)
+def test_assignments_are_as_narrow_as_the_rows_allow(num_rows: int, dtype: torch.dtype) -> None:
+    collection = build(CCE(num_rows=num_rows, num_columns=2, num_helper_rows=1))
+    name, parameter_names = "_row_maps.t.assignments", dict(collection.named_parameters())
+    assignments = collection.state_dict()[name]
+    assert assignments.dtype == dtype
+    assert name not in parameter_names
+    # The last row survives being stored.
+    assignments.fill_(num_rows - 1)
+    with torch.no_grad():
+        for book in collection.parameters():
+            book.zero_()[num_rows - 1] = 5.0
+    assert torch.equal(collection.dense_weight("t"), torch.full((V, D), 5.0))
+
+
+def test_default_columns_are_as_many_as_the_kernels_take() -> None:
+    # FBGEMM wants widths that are multiples of 4.
+    for dim, columns in ((64, 8), (32, 8), (16, 4), (12, 3), (8, 2), (4, 1), (6, 1), (40, 5)):
+        assert CCE.from_budget(1000, dim, 100 * dim).num_columns == columns
+    assert CE.from_budget(1000, 64, 6400).num_columns == 4
+
+
+def test_dense_weight_of_more_ids_than_are_decoded_at_once() -> None:
+    size = 2**18
+    assert [len(ids) for ids in id_chunks(2 * size + 5)] == [size, size, 5]
+    collection = build(CCE(num_rows=4, num_columns=2), num_embeddings=size + 3)
+    dense, books = collection.dense_weight("t"), weights(collection)
+    assignments = collection.state_dict()["_row_maps.t.assignments"]
+    for v in (0, size - 1, size, size + 2):
+        helper = [python_hash(v, 4, i, 0, "t", "cce", "helper", 0) for i in range(2)]
+        expected = torch.cat([book[int(assignments[v, i])] + book[4 + helper[i]] for i, book in enumerate(books)])
+        torch.testing.assert_close(dense[v], expected)
+
+
+def test_configs_are_frozen_and_by_keyword() -> None:
+    with pytest.raises(TypeError):
+        CCE(10)
+    with pytest.raises(AttributeError):
+        CCE(num_rows=10).num_rows = 11
+    assert CCE(num_rows=10).num_params(1000, 16) == 320
+    assert len({CE(num_rows=3), CE(num_rows=3), CE(num_rows=4)}) == 2
