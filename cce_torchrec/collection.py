@@ -58,7 +58,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         device = None if device is None else torch.device(device)
         self._configs = list(tables)
         self.bounds_check_mode = bounds_check_mode
-        self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, device)
+        self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, [device] * len(tables))
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
         self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)

@@ -3,10 +3,13 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.methods import FullTable, MethodConfig
+
+AssignmentPlacement = Literal["replicated", "sharded"]
 
 
 @dataclass
@@ -15,6 +18,9 @@ class CompressedEmbeddingBagConfig(EmbeddingBagConfig):
 
     Args:
         method: a config from :data:`cce_torchrec.METHODS`; the full table by default.
+        assignment_placement: across ranks, whether each holds the assignments of all ids ("replicated") or of its block
+            of ceil(V / ranks) ids ("sharded"), for vocabularies that do not fit. Codebooks of a "sharded" table are
+            data-parallel: ids travel to the rank that knows their assignment, and partial sums travel back.
 
     Example:
         >>> from cce_torchrec.methods import CCE
@@ -26,11 +32,17 @@ class CompressedEmbeddingBagConfig(EmbeddingBagConfig):
     """
 
     method: MethodConfig = field(default_factory=FullTable)
+    assignment_placement: AssignmentPlacement = "replicated"
 
 
 def method_of(config: EmbeddingBagConfig) -> MethodConfig:
     """The method of a table; a plain ``EmbeddingBagConfig`` is a full table."""
     return config.method if isinstance(config, CompressedEmbeddingBagConfig) else FullTable()
+
+
+def has_sharded_assignments(config: EmbeddingBagConfig) -> bool:
+    """Whether each rank holds the assignments of its own block of ids only."""
+    return isinstance(config, CompressedEmbeddingBagConfig) and config.assignment_placement == "sharded"
 
 
 def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
@@ -48,6 +60,16 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"Table {table.name!r} has method={method_of(table)!r}, which is not a method config; "
                 "take one from cce_torchrec.METHODS, such as CCE(num_rows=1024)."
+            )
+        placement = getattr(table, "assignment_placement", "replicated")
+        if placement not in get_args(AssignmentPlacement):
+            raise ValueError(
+                f"Table {table.name!r} has assignment_placement={placement!r}, not one of {get_args(AssignmentPlacement)}."
+            )
+        if placement == "sharded" and not method_of(table).reclusterable:
+            raise ValueError(
+                f"Table {table.name!r} has assignment_placement='sharded', but its method {method_of(table).key!r} stores no "
+                "assignments: leave it 'replicated'."
             )
         try:
             method_of(table).num_params(table.num_embeddings, table.embedding_dim)

@@ -82,8 +82,8 @@ class LoweredTable:
         ]
 
 
-def lower_tables(configs: Sequence[EmbeddingBagConfig], device: torch.device | None) -> list[LoweredTable]:
-    """Build the id -> rows function of every table and lay out its physical tables.
+def lower_tables(configs: Sequence[EmbeddingBagConfig], devices: Sequence[torch.device | None]) -> list[LoweredTable]:
+    """Build the id -> rows function of every table, on its device, and lay out its physical tables.
 
     Raises:
         ValueError: where a physical name would stand twice, such as a feature ``f:0`` beside a feature ``f`` of a table
@@ -97,7 +97,9 @@ def lower_tables(configs: Sequence[EmbeddingBagConfig], device: torch.device | N
             method_of(config).row_map(config.name, config.num_embeddings, config.embedding_dim, device),
             embedding_names,
         )
-        for config, embedding_names in zip(configs, get_embedding_names_by_table(list(configs)), strict=True)
+        for config, embedding_names, device in zip(
+            configs, get_embedding_names_by_table(list(configs)), devices, strict=True
+        )
     ]
     physical = [config for table in lowered for config in table.physical_configs]
     for kind, names in (

@@ -111,7 +111,7 @@ def memory_report(tables: list[LoweredTable], optimizer_bytes: Mapping[str, int]
                 num_params=num_params,
                 full_params=full_params,
                 codebook_bytes=num_params * itemsize,
-                assignment_bytes=sum(buffer.numel() * buffer.element_size() for buffer in table.row_map.buffers()),
+                assignment_bytes=table.row_map.stored_bytes(),
                 optimizer_bytes=sum(optimizer_bytes.get(name, 0) for name in table.physical_names),
                 full_bytes=full_params * itemsize,
             )

@@ -1,7 +1,8 @@
 """Where ids become rows: one group a sharding type of the inner collection, on the client or on the owner.
 
 * ``client``: every rank rewrites its own batch, and rows travel (row-wise codebooks: only the row tells the owner).
-* ``owner``: ids travel, once a table and owner instead of c * R rows each, and the owner of the codebook rewrites them.
+* ``owner``: ids travel, once a table and owner instead of c * R rows each, and the owner rewrites them: the owner of the
+  codebook, or of the id's assignment where assignments are sharded by id.
 
 Both have the same two steps: :meth:`distribute` before the all-to-all, :meth:`localize` after it.
 """
@@ -9,9 +10,11 @@ Both have the same two steps: :meth:`distribute` before the all-to-all, :meth:`l
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingSharding
+from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.distributed.types import Awaitable, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -19,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.rewrite import RowRewriter, select_features
 
+ID_SHARDED = "id_sharded"
 CLIENT_SIDE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 
 
@@ -92,6 +96,7 @@ def make_group(
     sharding: EmbeddingSharding,
     tables: Sequence[LoweredTable],
     env: ShardingEnv,
+    device: torch.device,
     is_weighted: bool,
     mode: BoundsCheckMode,
 ) -> Group:
@@ -105,6 +110,11 @@ def make_group(
     if sharding_type == ShardingType.DATA_PARALLEL.value:
         local = rewriter(sharding.feature_names())
         return OwnerGroup(sharding.create_input_dist(), local.features, local)
+    if sharding_type == ID_SHARDED:
+        local = rewriter(sharding.feature_names())
+        sizes = [table.config.num_embeddings for table in local.tables for _ in table.config.feature_names]
+        by_id = RwSparseFeaturesDist(env.process_group, len(sizes), sizes, device=device, keep_original_indices=True)
+        return OwnerGroup(by_id, local.features, local)
     per_rank = [rewriter(names) for names in sharding.feature_names_per_rank()]
     input_dist = TwSparseFeaturesDist(env.process_group, [len(rank.features) for rank in per_rank])
     return OwnerGroup(input_dist, [name for rank in per_rank for name in rank.features], per_rank[env.rank])

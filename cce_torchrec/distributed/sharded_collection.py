@@ -37,7 +37,15 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.groups import make_group
+from cce_torchrec.distributed.id_sharding import (
+    check_replicated,
+    graft,
+    keep_local_blocks,
+    shard_replicated_codebooks,
+    subset,
+)
 from cce_torchrec.lowering import LoweredTable, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report
 from cce_torchrec.rewrite import Relabel
@@ -96,18 +104,19 @@ class ShardedCompressedEmbeddingBagCollection(
         self._env, self._device = env, device
         self._configs = module.embedding_bag_configs()
         self._is_weighted = module.is_weighted()
-        self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, device)
-        self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
-        self._embedding_bag_collection: ShardedEmbeddingBagCollection = ebc_sharder.shard(
-            module._embedding_bag_collection, params, env=env, device=device, module_fqn=module_fqn
+        self.lowered_tables: list[LoweredTable] = lower_tables(
+            self._configs, [torch.device("meta") if has_sharded_assignments(c) else device for c in self._configs]
         )
-        self._take_over_state(module)
-        inner = self._embedding_bag_collection
+        keep_local_blocks(self.lowered_tables, env, device)
+        self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
+        self._embedding_bag_collection = self._shard_codebooks(module, params, ebc_sharder, module_fqn)
         mode = module.bounds_check_mode if bounds_check_mode is None else bounds_check_mode
+        inner = self._embedding_bag_collection
         self._groups = [
-            make_group(sharding_type, sharding, self.lowered_tables, env, self._is_weighted, mode)
+            make_group(sharding_type, sharding, self.lowered_tables, env, device, self._is_weighted, mode)
             for sharding_type, sharding in zip(inner._sharding_types, inner._embedding_shardings, strict=True)
         ]
+        self._take_over_state(module)
         # Pipelines look for these: they fuse the all-to-alls of all input dists and copy lookups to their streams.
         self._input_dists = [group.input_dist for group in self._groups]
         self._lookups, self._output_dists = inner._lookups, inner._output_dists
@@ -116,6 +125,28 @@ class ShardedCompressedEmbeddingBagCollection(
         self._keeps_features = any(group.rewrites_before_dist for group in self._groups)
         self._version = 0
         self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
+
+    def _shard_codebooks(
+        self,
+        module: CompressedEmbeddingBagCollection,
+        params: dict[str, ParameterSharding],
+        ebc_sharder: EmbeddingBagCollectionSharder,
+        module_fqn: str | None,
+    ) -> ShardedEmbeddingBagCollection:
+        """TorchRec shards the codebooks; those of tables whose assignments are sharded by id become a group of their own."""
+        check_replicated(self.lowered_tables, params)
+        collection = module._embedding_bag_collection
+        by_id = [c for t in self.lowered_tables if has_sharded_assignments(t.config) for c in t.physical_configs]
+        if not by_id:
+            return ebc_sharder.shard(collection, params, self._env, self._device, module_fqn)
+        names = {config.name for config in by_id}
+        by_row = [config for config in collection.embedding_bag_configs() if config.name not in names]
+        guest = shard_replicated_codebooks(subset(collection, by_id), params, ebc_sharder, self._env, self._device)
+        if not by_row:
+            return guest
+        host = ebc_sharder.shard(subset(collection, by_row), params, self._env, self._device, module_fqn)
+        graft(host, guest)
+        return host
 
     @torch.no_grad()
     def _take_over_state(self, module: CompressedEmbeddingBagCollection) -> None:
@@ -134,7 +165,12 @@ class ShardedCompressedEmbeddingBagCollection(
             for name, sharding in inner.module_sharding_plan.items()
             if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
         ]
-        for tensor in (*replicated, *self._row_maps.buffers()):  # ranks may have been built from different seeds
+        for table in self.lowered_tables:
+            buffers = dict(table.row_map.named_buffers())
+            if has_sharded_assignments(table.config):
+                del buffers["assignments"]
+            replicated.extend(buffers.values())
+        for tensor in replicated:  # ranks may have been built from different seeds
             dist.broadcast(tensor.data, dist.get_global_rank(self._env.process_group, 0), self._env.process_group)
 
     def create_context(self) -> CompressedContext:

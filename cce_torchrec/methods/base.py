@@ -51,6 +51,10 @@ class RowMap(nn.Module, ABC):
             int64 [C, N, R], contiguous.
         """
 
+    def stored_bytes(self) -> int:
+        """Bytes of everything stored beside the parameters."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
     def reset_parameters(self) -> None:
         """Compute the buffers anew, as after construction; for maps built on the meta device."""
 

@@ -30,8 +30,8 @@ def smallest_int_dtype(num_values: int) -> torch.dtype:
 class CCERowMap(RowMap):
     """Main row by stored assignment, helper row by hash; the helper rows follow the main ones in the column's table.
 
-    Buffers: ``assignments`` [V, c] (row of the main codebook, column by column), ``helper_coefficients`` int64 [1 + c] and
-    ``version`` (how many times the table was re-clustered).
+    Buffers: ``assignments`` [V, c] (row of the main codebook, column by column; of a block of ids after
+    :meth:`keep_block`), ``helper_coefficients`` int64 [1 + c] and ``version`` (how many times it was re-clustered).
     """
 
     rows_per_id = 2
@@ -45,6 +45,7 @@ class CCERowMap(RowMap):
     ) -> None:
         super().__init__()
         columns, helper_rows = method.num_columns, method.helper_rows
+        self.num_embeddings, self.first_id = num_embeddings, 0
         self.num_main_rows, self.num_helper_rows = method.num_rows, helper_rows
         self.columns = (Column(method.num_rows + helper_rows, embedding_dim // columns),) * columns
         self._key = (method.seed, table, method.key)
@@ -62,8 +63,27 @@ class CCERowMap(RowMap):
         if device.type == "meta":
             return
         coefficients = hash_coefficients(len(self.columns), *self._key, "main", device=device)
-        for ids_N in id_chunks(self.assignments.shape[0], device):
-            self.assignments[ids_N[0] : ids_N[-1] + 1] = hash_rows(ids_N, coefficients, self.num_main_rows).T
+        for rows_N in id_chunks(len(self.assignments), device):
+            hashed_CN = hash_rows(rows_N + self.first_id, coefficients, self.num_main_rows)
+            self.assignments[rows_N[0] : rows_N[-1] + 1] = hashed_CN.T
+
+    def keep_block(self, first_id: int, end: int, device: torch.device) -> None:
+        """Hold the assignments of ids ``first_id .. end - 1`` only; other ids must not be asked for from then on."""
+        self.first_id = first_id
+        if self.assignments.device.type == "meta":
+            columns = len(self.columns)
+            self.assignments = torch.empty(end - first_id, columns, dtype=self.assignments.dtype, device=device)
+            self.helper_coefficients, self.version = (
+                torch.empty_like(buffer, device=device) for buffer in (self.helper_coefficients, self.version)
+            )
+            self.reset_parameters()
+        else:
+            self.assignments = self.assignments[first_id:end].to(device, copy=True)
+
+    def stored_bytes(self) -> int:
+        """Of all ranks together where each holds a block."""
+        row_bytes = len(self.columns) * self.assignments.element_size()
+        return super().stored_bytes() + (self.num_embeddings - len(self.assignments)) * row_bytes
 
     def draw_helper_coefficients(self, version: int, *key: object) -> Tensor:
         """The helper hash functions that go with a version of the assignments, on the CPU."""
@@ -71,7 +91,7 @@ class CCERowMap(RowMap):
 
     def main_rows(self, ids_N: Tensor) -> Tensor:
         """Row of the main codebook of each id: int64 [c, N]."""
-        return self.assignments[ids_N].T.to(torch.int64)
+        return self.assignments[ids_N - self.first_id if self.first_id else ids_N].T.to(torch.int64)
 
     def helper_rows(self, ids_N: Tensor) -> Tensor:
         """Row of the helper codebook of each id, counted from its own start: int64 [c, N]."""

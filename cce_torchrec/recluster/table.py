@@ -46,7 +46,7 @@ class TableState:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTable:
-    """What replaces a :class:`TableState`, and how good it is."""
+    """What replaces a :class:`TableState`, and how good it is; ``assignments`` of the ids that the row map holds."""
 
     assignments: Tensor
     helper_coefficients: Tensor
@@ -78,7 +78,7 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
         ValueError: on every rank, where weights are not finite.
     """
     _check_finite(state)
-    row_map, num_ids = state.row_map, len(state.row_map.assignments)
+    row_map, num_ids = state.row_map, state.row_map.num_embeddings
     share = -(-num_ids // collectives.world_size)
     start = min(collectives.rank * share, num_ids)
     block = _Block(start, min(start + share, num_ids), config.decode_batch_size, state.codebooks[0].device)
@@ -91,14 +91,16 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     for ids_N in block.batches():
         assignments[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
     sums.reduce(collectives)
-    whole = _gather_assignments(assignments, collectives)
+    moved_fraction = _moved_fraction(row_map, block, assignments, collectives)
+    if len(row_map.assignments) == num_ids:  # this rank holds those of all ids
+        assignments = _gather_assignments(assignments, collectives)
     return NewTable(
-        assignments=whole,
+        assignments=assignments,
         helper_coefficients=coefficients,
         codebooks=sums.codebooks(),
         optimizer_state=sums.optimizer_state(),
         relative_squared_error=sums.relative_squared_error(),
-        moved_fraction=_moved_fraction(row_map, whole),
+        moved_fraction=moved_fraction,
         empty_clusters=sums.empty_clusters(),
     )
 
@@ -134,7 +136,7 @@ def _sample(state: TableState, block: _Block, size: int, seed: int, collectives:
     for ids_N in block.batches():
         totals += _weights(state, ids_N).sum()
     total = collectives.all_reduce_sum(totals)
-    keep_everything = len(state.row_map.assignments) <= size
+    keep_everything = state.row_map.num_embeddings <= size
     ids, weights = [torch.empty(0, dtype=torch.int64, device=block.device)], [totals[:0]]
     for ids_N in block.batches():
         weights_N = _weights(state, ids_N)
@@ -253,14 +255,16 @@ def _gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
     return collectives.all_gather_rows(share.view(torch.uint8)).view(share.dtype)
 
 
-def _moved_fraction(row_map: CCERowMap, new: Tensor) -> float:
+def _moved_fraction(row_map: CCERowMap, block: _Block, new: Tensor, collectives: Collectives) -> float:
     """Ids that did not follow the majority of their old cluster, over an evenly spaced sample and all columns."""
-    step = max(1, len(new) // _MOVED_SAMPLE)
-    before, after = row_map.assignments[::step].long(), new[::step].long()
-    stayed = 0
-    for column in range(new.shape[1]):
-        pairs, counts = torch.unique(before[:, column] * row_map.num_main_rows + after[:, column], return_counts=True)
-        most = torch.zeros(row_map.num_main_rows, dtype=torch.int64, device=new.device)
-        most.scatter_reduce_(0, pairs // row_map.num_main_rows, counts, "amax")
-        stayed += int(most.sum())
-    return 1 - stayed / before.numel()
+    step, num_main = max(1, row_map.num_embeddings // _MOVED_SAMPLE), row_map.num_main_rows
+    ids_N = torch.arange(-(-block.start // step) * step, block.stop, step, device=block.device)
+    before_CN, after_CN = row_map.main_rows(ids_N), new[ids_N - block.start].T.to(torch.int64)
+    stayed = total = 0
+    for before_N, after_N in zip(before_CN, after_CN, strict=True):
+        pairs_N = collectives.all_gather_rows(before_N * num_main + after_N)
+        pairs, counts = torch.unique(pairs_N, return_counts=True)
+        most = torch.zeros(num_main, dtype=torch.int64, device=new.device)
+        most.scatter_reduce_(0, pairs // num_main, counts, "amax")
+        stayed, total = stayed + int(most.sum()), total + len(pairs_N)
+    return 1 - stayed / total
