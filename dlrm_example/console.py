@@ -12,6 +12,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 OUR_LOGGERS = ("dlrm_example", "cce_torchrec")
 STACK_WARNINGS = (  # what torchrec and torchmetrics say about their own use of torch
+    "HeuristicalStorageReservation is known to cause issues",
     "`broadcast_buffers` is deprecated",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
     "Using a non-tuple sequence for multidimensional indexing is deprecated",
