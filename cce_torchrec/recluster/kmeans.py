@@ -419,15 +419,16 @@ def _lloyd(
         objectives.append(objective)
         if converged or iterations == num_iterations:
             break
-        means_KD = (sums_KD / counts_K[:, None]).to(centroids_KD.dtype)
-        centroids_KD = torch.where(empty_K[:, None], centroids_KD, means_KD)
         empty = empty_K.nonzero().squeeze(1)
         just_refilled = False
+        means_KD = (sums_KD / counts_K[:, None]).to(centroids_KD.dtype)
+        moved_KD = torch.where(empty_K[:, None], centroids_KD, means_KD)
         if len(empty):
-            found_FD = _draw(share, costs_N, centroids_KD[~empty_K], len(empty), (seed, "refill", iterations), ranks)
-            centroids_KD[empty[: len(found_FD)]] = found_FD
+            found_FD = _draw(share, costs_N, centroids_KD, len(empty), (seed, "refill", iterations), ranks)
+            moved_KD[empty[: len(found_FD)]] = found_FD
             just_refilled = len(found_FD) > 0
             num_refilled += len(found_FD)
+        centroids_KD = moved_KD
     return KMeansResult(
         centroids_KD=centroids_KD,
         objective=objectives[-1],
