@@ -9,6 +9,7 @@ from cce_torchrec.distributed import (
 )
 from cce_torchrec.memory import MemoryReport
 from cce_torchrec.methods import CCE, CE, METHODS, QR, FullTable, HashingTrick
+from cce_torchrec.planner import CompressedStorageReservation, parameter_constraints
 from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
 from cce_torchrec.swap import CompressionRule, compress
 
@@ -20,6 +21,7 @@ __all__ = [
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
+    "CompressedStorageReservation",
     "CompressionRule",
     "FullTable",
     "HashingTrick",
@@ -30,5 +32,6 @@ __all__ = [
     "ShardedCompressedEmbeddingBagCollection",
     "compress",
     "get_sharders",
+    "parameter_constraints",
     "recluster",
 ]

@@ -102,6 +102,8 @@ class RowRewriter:
             IndexError: where an id is out of bounds and the mode is FATAL.
         """
         features = select_features(features, self.features)
+        if not self.features:  # none of this sharding type's tables is on this rank
+            return features
         lengths_FB = features.lengths().view(len(self.features), -1)
         self._feature_P = self._feature_P.to(lengths_FB.device)
         self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)

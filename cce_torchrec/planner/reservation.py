@@ -1,0 +1,70 @@
+"""Memory that the planner does not see in a plan: the assignments beside the codebooks."""
+
+import copy
+
+from torch import nn
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, StorageReservation, Topology
+from torchrec.distributed.types import ModuleSharder
+
+from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.config import has_sharded_assignments
+
+
+def assignment_bytes_per_rank(module: nn.Module, world_size: int) -> int:
+    """Bytes of assignments and hash coefficients on each rank: whole where replicated, a block where sharded by id."""
+    total = 0
+    for collection in module.modules():
+        if isinstance(collection, CompressedEmbeddingBagCollection):
+            for table in collection.lowered_tables:
+                stored = table.row_map.stored_bytes()
+                total += -(-stored // world_size) if has_sharded_assignments(table.config) else stored
+    return total
+
+
+class CompressedStorageReservation(StorageReservation):
+    """Reserves, on every device, what ``base`` reserves and the assignments of the compressed collections.
+
+    Args:
+        base: what is reserved for the rest of the model; 15% of each device where ``None``, as TorchRec does by default.
+
+    Raises:
+        ValueError: in :meth:`reserve`, where the assignments alone do not fit a device.
+
+    Example:
+        >>> from torchrec.distributed.planner import EmbeddingShardingPlanner
+        >>> reservation = CompressedStorageReservation(FixedPercentageStorageReservation(percentage=0.15))
+    """
+
+    def __init__(self, base: StorageReservation | None = None) -> None:
+        self._base = base or FixedPercentageStorageReservation(percentage=0.15)
+        self._last: Topology | None = None
+
+    def reserve(
+        self,
+        topology: Topology,
+        batch_size: int,
+        module: nn.Module,
+        sharders: list[ModuleSharder[nn.Module]],
+        constraints: dict[str, ParameterConstraints] | None = None,
+    ) -> Topology:
+        """The topology with what is left for codebooks and their optimizer state."""
+        reserved = self._base.reserve(topology, batch_size, module, sharders, constraints)
+        needed = assignment_bytes_per_rank(module, topology.world_size)
+        for device in reserved.devices:
+            memory = "hbm" if topology.compute_device == "cuda" else "ddr"
+            left = getattr(device.storage, memory) - needed
+            if left < 0:
+                raise ValueError(
+                    f"Rank {device.rank}: the assignments of compressed tables take {needed:,} bytes, more than the "
+                    f"{left + needed:,} bytes of {memory.upper()} that are free. Shard them by id "
+                    "(assignment_placement='sharded'), or compress fewer tables."
+                )
+            setattr(device.storage, memory, left)
+        self._last = reserved
+        return reserved
+
+    @property
+    def last_reserved_topology(self) -> Topology | None:
+        """A copy of what :meth:`reserve` returned last."""
+        return copy.deepcopy(self._last)
