@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics import MeanMetric
 from torchmetrics.classification import BinaryAUROC
 
 from dlrm_example.console import progress_bar
 from dlrm_example.data import BatchLoader
+from dlrm_example.data.dataset import PADDING
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,11 @@ def evaluate(model: nn.Module, loader: BatchLoader, device: torch.device, *, tit
     bce, auroc = MeanMetric().to(device), BinaryAUROC().to(device)
     with _evaluating(model):
         for batch in progress_bar(loader.epoch(0), title, len(loader), progress):
-            loss, (_, logits_B, labels_B) = model(batch.to(device))
-            bce.update(loss, weight=len(labels_B))
-            auroc.update(torch.sigmoid(logits_B.double()), labels_B)
+            _, (_, logits_B, labels_B) = model(batch.to(device))
+            real_B = labels_B != PADDING
+            logits_B, labels_B = logits_B[real_B].double(), labels_B[real_B]
+            bce.update(binary_cross_entropy_with_logits(logits_B, labels_B.double(), reduction="none"))
+            auroc.update(torch.sigmoid(logits_B), labels_B)
     return Scores(bce=float(bce.compute()), auroc=float(auroc.compute()))
 
 

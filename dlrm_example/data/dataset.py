@@ -13,6 +13,7 @@ import torch
 from torchrec.datasets.utils import Batch
 
 SPLITS = ("train", "val", "test")
+PADDING = -1  # the label of rows that are only there to make batches of all ranks equally long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class DatasetInfo:
 
 
 class BatchLoader(Protocol):
-    """The batches of one split on one rank; every rank has the same number of them."""
+    """The batches of one split on one rank; every rank has as many, as long, and those of val and test may be padded."""
 
     def __len__(self) -> int: ...
 

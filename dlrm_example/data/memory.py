@@ -10,7 +10,7 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm_example.data.dataset import SPLITS, BatchLoader, DatasetInfo, Split
+from dlrm_example.data.dataset import PADDING, SPLITS, BatchLoader, DatasetInfo, Split
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class InMemoryDataset:
 class InMemoryLoader:
     """Cuts an epoch into global batches and hands this rank its share of each.
 
-    Every row is used exactly once an epoch, on one rank. Sizes differ by at most one row, so all ranks have the same
-    number of batches (a collective in the forward pass would otherwise wait for ever).
+    All ranks have the same number of batches, of the same sizes: TorchRec's collectives need both. Where a global batch
+    cannot be cut evenly, up to `world_size - 1` rows are left out of it when shuffling (others in each epoch); otherwise
+    they are all there, and shorter shares are filled up with rows whose label is `PADDING`.
     """
 
     split: Split
@@ -70,7 +71,16 @@ class InMemoryLoader:
     def epoch(self, number: int) -> Iterator[Batch]:
         global_batches = torch.tensor_split(self._order(number), self._num_batches())
         for rows in global_batches[: len(self)]:
-            yield make_batch(self.split, rows[self.rank :: self.world_size])
+            yield self._share(rows)
+
+    def _share(self, rows: torch.Tensor) -> Batch:
+        if self.shuffle_seed is not None:
+            rows = rows[: len(rows) - len(rows) % self.world_size]
+        mine = rows[self.rank :: self.world_size]
+        padding = -(-len(rows) // self.world_size) - len(mine)
+        batch = make_batch(self.split, torch.cat([mine, rows[:padding]]))
+        batch.labels[len(mine) :] = PADDING
+        return batch
 
     def _order(self, epoch: int) -> torch.Tensor:
         if self.shuffle_seed is None:
