@@ -14,6 +14,8 @@ from cce_torchrec.methods import CCE
 from cce_torchrec.methods.cce import CCERowMap
 from tests.unit.oracles import python_hash, python_mix64, uniformity
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NUM_IDS = 1_000_000
 # Fixed seeds, so nothing is flaky; a fair hash passes 4.5 standard deviations but for 1 in 150,000 such draws.
 LIMIT = 4.5
