@@ -10,7 +10,9 @@ is exact, so rounding in a matrix product cannot send a point elsewhere on anoth
 The nearest centroid is where the time goes. Per block of points (small enough to stay in cache) it is a matrix product and
 a minimum in two levels: a vectorised ``amin`` over strided classes of centroids (arg-min kernels are several times slower
 than ``amin`` on a CPU), then the arg-min of the few class minima and of the winning class. The same two small arrays
-give the runner-up, hence a proof that rounding did not matter; the rare points without one are redone in float64.
+give the runner-up, hence a proof that rounding did not matter; the rare points without one are redone in float64. After
+the first iteration most points stay where they are, and for those one ``amin`` over the other centroids is the proof.
+``benchmarks/kmeans_assign.py`` times the alternatives.
 
 Legend: N local points, D dimensions, K centroids, B points of a block, G x C classes of centroids (K padded to G * C),
 M candidates, F freshly chosen centroids, E = D + 1 moments.
@@ -74,8 +76,9 @@ def kmeans(
 
         c_k  <-  sum_{n nearest to k} w_n x_n / sum_{n nearest to k} w_n
 
-    Where there are at most K distinct points, each of them is a centroid exactly and the objective is 0. A centroid left
-    without points is moved to a point drawn with probability proportional to w_n |x_n - nearest centroid|^2.
+    Where there are at most K distinct points, the seeding takes each of them exactly: the objective is 0, and the
+    centroids left over repeat others. In an iteration, a centroid without points is moved to a point drawn with
+    probability proportional to w_n |x_n - nearest centroid|^2.
 
     Args:
         points_ND: this rank's points, [N, D] of a floating dtype; N may differ between ranks and may be 0. Half
@@ -95,7 +98,7 @@ def kmeans(
 
     Raises:
         ValueError: on every rank, where points or weights are not finite, a weight is negative, there is no point of
-            positive weight on any rank, or the ranks pass different D, K, seed or dtype.
+            positive weight on any rank, or the ranks pass different arguments.
         RuntimeError: on every rank, where another rank failed.
 
     Example:
@@ -110,17 +113,13 @@ def kmeans(
         points_ND = points_ND.detach().to(dtype)
         weights_N = points_ND.new_ones(len(points_ND)) if weights_N is None else weights_N.detach()
         weights_N = weights_N.to(points_ND.device, torch.float64)
-    _check_together(points_ND, weights_N, num_centroids, seed, ranks)
-    with ranks.guard():
-        share = _Share.of_positive_weight(points_ND, point_ids_N.to(points_ND.device), weights_N)
-        few = _distinct_rows(share.points_ND, num_centroids)
-    distinct = _few_distinct_points(few, share.points_ND, num_centroids, ranks)
-    if distinct is not None:
-        return _lossless(distinct, num_centroids)
+    options = derive_seed(seed, num_iterations, tolerance, initial_centroids_KD is None)
+    _check_together(points_ND, weights_N, num_centroids, options, ranks)
+    share = _Share(points_ND=points_ND.contiguous(), ids_N=point_ids_N.to(points_ND.device), weights_N=weights_N)
     if initial_centroids_KD is not None:
         centroids_KD = initial_centroids_KD.detach().to(share.points_ND)
     else:
-        centroids_KD = _seed_centroids(share, num_centroids, seed, ranks, block)
+        centroids_KD = _seed_centroids(share, num_centroids, seed, ranks)
     return _lloyd(share, centroids_KD, seed, num_iterations, tolerance, ranks, block)
 
 
@@ -152,7 +151,7 @@ def assign_nearest(points_ND: Tensor, centroids_KD: Tensor, *, block: int | None
     if len(centroids_KD) == 0:
         raise ValueError("there are no centroids to assign points to: pass at least one row.")
     dtype = torch.float64 if points_ND.dtype == torch.float64 else torch.float32
-    search = _Search(centroids_KD.to(points_ND.device, dtype), block)
+    search = _Search(centroids_KD.to(points_ND.device, dtype), len(points_ND), block)
     assignment_N = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
     distance_N = torch.empty(len(points_ND), dtype=dtype, device=points_ND.device)
     with _true_float32(points_ND.device):
@@ -166,18 +165,11 @@ def assign_nearest(points_ND: Tensor, centroids_KD: Tensor, *, block: int | None
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """This rank's points of positive weight."""
+    """This rank's points."""
 
     points_ND: Tensor
     ids_N: Tensor
     weights_N: Tensor  # float64
-
-    @classmethod
-    def of_positive_weight(cls, points_ND: Tensor, ids_N: Tensor, weights_N: Tensor) -> "_Share":
-        keep_N = weights_N > 0
-        if not bool(keep_N.all()):
-            points_ND, ids_N, weights_N = points_ND[keep_N], ids_N[keep_N], weights_N[keep_N]
-        return cls(points_ND=points_ND.contiguous(), ids_N=ids_N, weights_N=weights_N)
 
 
 def _check_arguments(
@@ -202,18 +194,19 @@ def _check_arguments(
         raise ValueError(f"initial centroids must be {expected}, got {tuple(initial_centroids_KD.shape)}.")
 
 
-def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, seed: int, ranks: Collectives) -> None:
+def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, options: int, ranks: Collectives) -> None:
     """What the ranks can only see together; raises the same ValueError on all of them."""
     with ranks.guard():
         limit = math.sqrt(torch.finfo(points_ND.dtype).max / points_ND.shape[1]) / 16
         bad_points = int((~(points_ND.abs() < limit).all(dim=1)).sum())
         bad_weights = int((~((weights_N >= 0) & (weights_N < torch.inf))).sum())
         counts = [bad_points, bad_weights, int((weights_N > 0).sum()), len(points_ND)]
-        same = [num_centroids, derive_seed(seed), points_ND.shape[1], points_ND.dtype.itemsize]
+        same = [num_centroids, points_ND.shape[1], points_ND.dtype.itemsize, options]
         local = torch.tensor([counts + same])
     table = ranks.all_gather_rows(local)
     bad_points, bad_weights, usable, total = table[:, :4].sum(dim=0).tolist()
-    names = ("num_centroids", "seed", "points.shape[1]", "bytes of a number")
+    options_name = "the digest of seed, num_iterations, tolerance and whether there are initial centroids"
+    names = ("num_centroids", "the dimension of the points", "the bytes of their numbers", options_name)
     for name, values in zip(names, table[:, 4:].T.tolist(), strict=True):
         if len(set(values)) > 1:
             raise ValueError(f"{name} must be the same on all ranks, got {values} for ranks 0..{len(values) - 1}.")
@@ -227,44 +220,13 @@ def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, se
         raise ValueError(f"nothing to cluster: {total} points on {ranks.world_size} rank(s), none of positive weight.")
 
 
-def _distinct_rows(points_ND: Tensor, limit: int) -> Tensor | None:
-    """The distinct rows in lexicographic order, or None where there are more than ``limit``; stops at the first proof."""
-    found = points_ND[:0]
-    for chunk in points_ND.split(2 * limit + 1024):
-        found = torch.unique(torch.cat([found, chunk]), dim=0)
-        if len(found) > limit:
-            return None
-    return found
-
-
-def _few_distinct_points(few: Tensor | None, points_ND: Tensor, limit: int, ranks: Collectives) -> Tensor | None:
-    """The distinct points of all ranks where there are at most ``limit``, else None on every rank."""
-    if int(ranks.all_reduce_sum(torch.tensor([few is None], dtype=torch.int64))):
-        return None
-    return _distinct_rows(ranks.all_gather_rows(points_ND[:0] if few is None else few), limit)
-
-
-def _lossless(distinct: Tensor, num_centroids: int) -> KMeansResult:
-    """Each distinct point is a centroid; the rest repeat them, which changes nothing."""
-    repeats = torch.arange(num_centroids, device=distinct.device) % len(distinct)
-    return KMeansResult(
-        centroids_KD=distinct[repeats],
-        objective=0.0,
-        objectives=(0.0,),
-        iterations=0,
-        num_empty=num_centroids - len(distinct),
-        num_refilled=0,
-        converged=True,
-    )
-
-
 # --- the nearest centroid --------------------------------------------------------------------------------------------
 
 
 class _Search:
     """Finds the nearest of fixed centroids, block by block, in buffers it keeps."""
 
-    def __init__(self, centroids_KD: Tensor, block: int | None) -> None:
+    def __init__(self, centroids_KD: Tensor, num_points: int, block: int | None) -> None:
         self._first_of_equals_K = _first_of_equals(centroids_KD)
         self._centroids_KD = centroids_KD[self._first_of_equals_K]
         self._num_centroids = len(centroids_KD)
@@ -280,7 +242,7 @@ class _Search:
         self._norms_K = pad(norms_K, (0, padding), value=torch.inf)
         self._centred_DK = pad(centred_KD, (0, 0, 0, padding)).T.contiguous()
         self._rounding = torch.finfo(dtype).eps / 2 * min(D + 3, 8 * math.sqrt(D))
-        self._block = block or _default_block(K, device)
+        self._block = min(block or _default_block(K, device), max(num_points, 1))
         self._scores_BK = torch.empty(self._block, self._groups * self._classes, dtype=dtype, device=device)
 
     def chunks(self, N: int) -> Iterator[slice]:
@@ -414,7 +376,8 @@ def _lloyd(
             share, centroids_KD, assignment_N, ranks, block
         )
         empty_K = counts_K == 0
-        converged = not just_refilled and objectives[-1] - objective <= tolerance * objectives[-1]
+        gained_little = not just_refilled and objectives[-1] - objective <= tolerance * objectives[-1]
+        converged = objective == 0 or gained_little
         iterations = len(objectives)
         objectives.append(objective)
         if converged or iterations == num_iterations:
@@ -471,7 +434,7 @@ def _local_statistics(
     K, D = centroids_KD.shape
     moments_KE = packed[:-2].view(K, D + 1)
     assignment_N, costs_N = torch.empty_like(share.ids_N), torch.empty_like(share.weights_N)
-    search = _Search(centroids_KD, block)
+    search = _Search(centroids_KD, len(costs_N), block)
     with _true_float32(centroids_KD.device):
         for at in search.chunks(len(costs_N)):
             guess = None if guess_N is None else guess_N[at]
@@ -485,8 +448,8 @@ def _local_statistics(
 # --- drawing points with probability proportional to w |x - nearest centroid|^2 --------------------------------------
 
 
-def _seed_centroids(share: _Share, K: int, seed: int, ranks: Collectives, block: int | None) -> Tensor:
-    """k-means++ in rounds: many candidates from one set of distances, thinned to what one-by-one draws would keep."""
+def _seed_centroids(share: _Share, K: int, seed: int, ranks: Collectives) -> Tensor:
+    """k-means++ in rounds: each draws as many centroids as there are, by :func:`_draw`, from one set of distances."""
     points_ND = share.points_ND
     chosen_FD = points_ND[:0]
     costs_N = torch.ones_like(share.weights_N)
@@ -556,7 +519,6 @@ def _draw(
     order = by_id[times_M[by_id].argsort(stable=True)][:num_candidates]
     times_M, costs_M, points_MD = times_M[order], costs_M[order], points_MD[order]
     horizon = float(times_M[-1]) if len(order) == num_candidates else math.inf
-    between_MM = _squared_distances(points_MD, points_MD)
     picked: list[int] = []
     while len(order) and len(picked) < wanted:
         pick = int(times_M.argmin())
@@ -564,7 +526,7 @@ def _draw(
         if now > horizon or now == math.inf:
             break
         picked.append(pick)
-        lower_M = torch.minimum(costs_M, between_MM[pick])
+        lower_M = torch.minimum(costs_M, _squared_distances(points_MD[pick, None], points_MD)[0])
         times_M = torch.where(lower_M > 0, now + (times_M - now) * (costs_M / lower_M), torch.inf)
         costs_M = lower_M
     return points_MD[picked].to(share.points_ND)

@@ -137,6 +137,7 @@ NEAREST_CASES = {
     "all centroids equal": (normal(50, 4), torch.ones(40, 4)),
     "a tight clump far away": (1e4 + normal(200, 6), 1e4 + normal(60, 6, seed=1)),
     "clumps finer than float32 scores": (clumps(300, 6, 4, spread=1e-6), clumps(90, 6, 4, spread=1e-6)),
+    "points amid the centroids": (0.1 * normal(50, 5), 10 * torch.nn.functional.normalize(normal(79, 5, seed=1))),
     "an outlier": (torch.cat([normal(200, 4), normal(1, 4) * 1e6]), torch.cat([normal(60, 4), normal(1, 4) * 1e6])),
 }
 
@@ -152,27 +153,30 @@ def test_nearest_is_that_of_float64_brute_force(name: str, block: int | None) ->
     torch.testing.assert_close(distance.double(), expected_distance, rtol=1e-5, atol=0)
 
 
-def test_a_point_that_is_a_centroid_has_distance_zero_even_beside_a_near_twin() -> None:
-    centroids = 100 + normal(50, 8)
+@pytest.mark.parametrize("apart", [50, 48])  # 48: both twins are in one class of the two-level search
+def test_a_point_that_is_a_centroid_has_distance_zero_even_beside_a_near_twin(apart: int) -> None:
+    centroids = 100 + normal(apart, 8)
     twins = torch.nextafter(centroids, torch.full_like(centroids, math.inf))
     both = torch.cat([twins, centroids])
     assignment, distance = assign_nearest(both, both)
-    assert assignment.tolist() == list(range(100))
-    assert distance.tolist() == [0.0] * 100
+    assert assignment.tolist() == list(range(2 * apart))
+    assert distance.tolist() == [0.0] * (2 * apart)
 
 
-def test_nearest_ignores_autocast_and_the_matmul_precision() -> None:
+def test_autocast_and_the_matmul_precision_play_no_part() -> None:
     points, centroids = normal(500, 16), normal(100, 16, seed=1)
     expected = assign_nearest(points, centroids)
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             observed = assign_nearest(points, centroids)
+            observed_fit = fit(points, 100, num_iterations=2)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(observed[0], expected[0])
     assert torch.equal(observed[1], expected[1])
+    assert torch.equal(observed_fit.centroids_KD, fit(points, 100, num_iterations=2).centroids_KD)
 
 
 @pytest.mark.parametrize("share_right", [0.0, 0.5, 1.0])
@@ -183,7 +187,7 @@ def test_a_guess_changes_nothing(share_right: float) -> None:
     random = torch.Generator().manual_seed(3)
     wrong = torch.randint(len(centroids), (len(points),), generator=random)
     guess = torch.where(torch.rand(len(points), generator=random) < share_right, expected, wrong)
-    observed, _ = module._Search(centroids, 64).nearest(points, guess)
+    observed, _ = module._Search(centroids, len(points), 64).nearest(points, guess)
     assert torch.equal(observed, expected)
 
 
@@ -282,6 +286,28 @@ def test_at_most_k_points_are_kept_exactly(num_points: int) -> None:
     assert sorted_rows(result.centroids_KD.unique(dim=0)) == sorted_rows(points)
 
 
+def test_points_nearer_to_each_other_than_scores_can_tell_are_kept_exactly() -> None:
+    points = 1e-3 * normal(400, 3, seed=1)
+    points[::2] += 1e3
+    result = fit(points, 400)
+    assert sorted_rows(result.centroids_KD) == sorted_rows(points)
+    assert result.num_empty == 0
+
+
+def test_a_lone_point_beside_a_thousandfold_twin_is_found() -> None:
+    distinct = normal(12, 4)
+    points = torch.cat([distinct.repeat(1000, 1), distinct[:1] + 1e-5])
+    result = fit(points, 13, num_iterations=0)
+    assert result.objective == 0
+    assert sorted_rows(result.centroids_KD) == sorted_rows(points.unique(dim=0))
+
+
+def test_at_most_k_distinct_float64_points_are_kept_exactly() -> None:
+    points = normal(7, 3).double() / 3
+    result = fit(points.repeat(30, 1), 7, weights_N=normal(210).abs() / 3)
+    assert sorted_rows(result.centroids_KD) == sorted_rows(points)
+
+
 def test_at_most_k_distinct_points_are_kept_exactly_over_ranks() -> None:
     distinct = normal(12, 4)
     points = distinct[torch.arange(5000) % 12]
@@ -329,6 +355,17 @@ def test_a_draw_follows_the_sequential_law() -> None:
     for pair, chance in expected.items():
         deviation = math.sqrt(chance * (1 - chance) / num_draws)
         assert observed[pair] / num_draws == pytest.approx(chance, abs=4.5 * deviation), pair
+
+
+def test_a_draw_sees_exact_costs_through_the_rounding_of_those_it_is_given() -> None:
+    points, centroids = normal(1000, 4), normal(20, 4, seed=1)
+    weights = torch.ones(1000, dtype=torch.float64)
+    share = module._Share(points_ND=points, ids_N=torch.arange(1000), weights_N=weights)
+    costs = brute_force(points, centroids)[1]
+    for seed in range(20):
+        rounded = costs * (1 + 1e-3 * normal(1000, seed=seed).double())
+        exact, noisy = (module._draw(share, c, centroids, 30, (seed,), LocalCollectives()) for c in (costs, rounded))
+        assert torch.equal(exact, noisy)
 
 
 SEEDING_CASES = {
@@ -450,6 +487,12 @@ def test_ranks_that_disagree_all_hear_of_it() -> None:
         assert "num_centroids must be the same on all ranks, got [5, 5, 6]" in str(error)
 
 
+def test_ranks_with_different_options_all_hear_of_it() -> None:
+    for error in on_threads(2, lambda ranks: fit_share(normal(90, 3), 5, ranks, num_iterations=3 + ranks.rank)):
+        assert isinstance(error, ValueError)
+        assert "num_iterations" in str(error)
+
+
 def test_bad_arguments_on_one_rank_stop_all() -> None:
     def work(ranks: Collectives) -> Any:
         return fit(normal(20, 3), 5, weights_N=torch.ones(20 - ranks.rank), collectives=ranks)
@@ -460,7 +503,7 @@ def test_bad_arguments_on_one_rank_stop_all() -> None:
         assert "rank 2" in str(error)
 
 
-@pytest.mark.parametrize("where", ["_local_statistics", "_local_candidates", "_costs_by_scores", "_distinct_rows"])
+@pytest.mark.parametrize("where", ["_local_statistics", "_local_candidates", "_costs_by_scores", "_check_arguments"])
 def test_a_rank_that_fails_midway_stops_all(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     original = getattr(module, where)
     broken = threading.local()
