@@ -1,6 +1,8 @@
 """Every method: initialisation, seeds, checkpoints, the meta device."""
 
+import copy
 import dataclasses
+import pickle
 from functools import partial
 from typing import Any
 
@@ -68,11 +70,11 @@ def test_initial_variance_follows_the_configs_bounds_and_init_fn(variant: Varian
 
 @every_method
 def test_state_dict_round_trip(variant: Variant) -> None:
-    source, copy = trained(variant), build(variant, seed=2)
-    assert not torch.equal(source.dense_weight("t"), copy.dense_weight("t"))
-    copy.load_state_dict({name: value.clone() for name, value in source.state_dict().items()})
-    assert torch.equal(source.dense_weight("t"), copy.dense_weight("t"))
-    assert torch.equal(outputs(source), outputs(copy))
+    source, twin = trained(variant), build(variant, seed=2)
+    assert not torch.equal(source.dense_weight("t"), twin.dense_weight("t"))
+    twin.load_state_dict({name: value.clone() for name, value in source.state_dict().items()})
+    assert torch.equal(source.dense_weight("t"), twin.dense_weight("t"))
+    assert torch.equal(outputs(source), outputs(twin))
 
 
 @every_method
@@ -103,21 +105,39 @@ def test_the_methods_own_seed_and_the_tables_name_choose_the_rows(variant: Varia
 
 @every_method
 def test_meta_then_a_checkpoint(variant: Variant) -> None:
-    source, copy = trained(variant), build(variant, device="meta")
-    assert copy.device == torch.device("meta")
-    assert {tensor.device.type for tensor in [*copy.parameters(), *copy.buffers()]} == {"meta"}
-    assert parameters(copy).keys() == parameters(source).keys()
-    copy.to_empty(device="cpu")
-    copy.load_state_dict(source.state_dict())
-    assert torch.equal(outputs(source), outputs(copy))
+    source, twin = trained(variant), build(variant, device="meta")
+    assert twin.device == torch.device("meta")
+    assert {tensor.device.type for tensor in [*twin.parameters(), *twin.buffers()]} == {"meta"}
+    assert parameters(twin).keys() == parameters(source).keys()
+    twin.to_empty(device="cpu")
+    twin.load_state_dict(source.state_dict())
+    assert torch.equal(outputs(source), outputs(twin))
 
 
 @every_method
 def test_meta_then_reset_gives_the_rows_of_a_fresh_one(variant: Variant) -> None:
-    fresh, copy = build(variant), build(variant, device="meta").to_empty(device="cpu")
-    for table, other in zip(copy.lowered_tables, fresh.lowered_tables, strict=True):
+    fresh, twin = build(variant), build(variant, device="meta").to_empty(device="cpu")
+    for table, other in zip(twin.lowered_tables, fresh.lowered_tables, strict=True):
         table.row_map.reset_parameters()
         assert torch.equal(table.row_map.rows(torch.arange(V)), other.row_map.rows(torch.arange(V)))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+@every_method
+def test_a_copy_is_whole_and_independent(variant: Variant, duplicate: Any) -> None:
+    source = trained(variant)
+    twin, before = duplicate(source), outputs(source)
+    assert torch.equal(outputs(twin), before)
+    with torch.no_grad():
+        for tensor in twin.parameters():
+            tensor.mul_(2)
+    if variant.method.reclusterable:
+        recluster(twin, seed=1)
+    torch.testing.assert_close(outputs(twin), twin.dense_weight("t"))
+    assert not torch.equal(outputs(twin), before)
+    assert torch.equal(outputs(source), before)
 
 
 @every_method

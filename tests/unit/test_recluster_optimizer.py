@@ -86,12 +86,9 @@ def test_carry_gives_each_row_the_mean_over_its_ids(make: type[Optimizer], weigh
 def test_reset_is_the_default_and_starts_at_zero(make: type[Optimizer]) -> None:
     collection, optimizer = trained(make)
     tensors = {name: [optimizer.state[b][name] for b in Snapshot.of(collection).codebooks] for name in OPTIMIZERS[make]}
-    steps = {book: optimizer.state[book]["step"] for book in collection.parameters() if "step" in optimizer.state[book]}
-    counts = {book: float(step) for book, step in steps.items()}
     assert all(tensor.any() for kind in tensors.values() for tensor in kind)
     recluster(collection, seed=0, optimizer=optimizer)
     assert not any(tensor.any() for kind in tensors.values() for tensor in kind)  # in place
-    assert {book: float(step) for book, step in steps.items()} == counts  # not kept by row
 
 
 @pytest.mark.parametrize("mode", ["reset", "carry"])
