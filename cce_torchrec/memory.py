@@ -46,7 +46,10 @@ class TableMemory:
         return self.full_bytes / (self.codebook_bytes + self.assignment_bytes)
 
 
-_HEADER = f"{'table':<24}{'method':<16}{'params':>14}{'codebooks B':>14}{'assignm. B':>14}{'optim. B':>14}{'full B':>16}{'x params':>10}{'x bytes':>10}"
+_HEADER = (
+    f"{'table':<24}{'method':<16}{'params':>14}{'codebooks B':>14}{'assignm. B':>14}{'optim. B':>14}{'full B':>16}"
+    f"{'x params':>10}{'x bytes':>10}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ add up over ranks. TorchRec's reduce-scatter divides gradients by the number of 
 all-reduce must therefore sum where DDP would take the mean.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
-from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv, ShardingType
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.keyed import CombinedOptimizer
 
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.groups import ID_SHARDED
+from cce_torchrec.distributed.replicated import OptimizerRequest, train_replicated
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods.cce import CCERowMap
 
@@ -100,24 +103,18 @@ def check_replicated(tables: list[LoweredTable], params: dict[str, ParameterShar
 def shard_replicated_codebooks(
     collection: EmbeddingBagCollection,
     params: dict[str, ParameterSharding],
+    requests: Mapping[str, OptimizerRequest],
     ebc_sharder: EmbeddingBagCollectionSharder,
     env: ShardingEnv,
     device: torch.device,
 ) -> ShardedEmbeddingBagCollection:
     """Shard codebooks data-parallel, with partial pooled sums out and gradients summed."""
     sharded = ebc_sharder.shard(collection, params, env=env, device=device)
-    for lookup in sharded._lookups:
-        lookup.register_comm_hook(env.process_group, _sum_gradients)
-    codecs: dict[str, QuantizedCommCodecs] | None = ebc_sharder.qcomm_codecs_registry
+    train_replicated(sharded, requests, sum_gradients=True)
+    codecs = ebc_sharder.qcomm_codecs_registry
     sharded._output_dists = [RwPooledEmbeddingDist(env.process_group, sharded._embedding_dims, codecs)]
     sharded._sharding_types = [ID_SHARDED]
     return sharded
-
-
-def _sum_gradients(group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """A DDP communication hook: all-reduce by sum."""
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
 
 
 def graft(host: ShardedEmbeddingBagCollection, guest: ShardedEmbeddingBagCollection) -> None:
@@ -131,3 +128,4 @@ def graft(host: ShardedEmbeddingBagCollection, guest: ShardedEmbeddingBagCollect
     host._embedding_bag_configs.extend(guest._embedding_bag_configs)
     host.module_sharding_plan.update(guest.module_sharding_plan)
     host.embedding_bags.update(guest.embedding_bags.items())
+    host._optim = CombinedOptimizer([*host._optim.optimizers, *guest._optim.optimizers])

@@ -46,6 +46,7 @@ from cce_torchrec.distributed.id_sharding import (
     shard_replicated_codebooks,
     subset,
 )
+from cce_torchrec.distributed.replicated import requested_optimizers, train_replicated
 from cce_torchrec.lowering import LoweredTable, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report
 from cce_torchrec.rewrite import Relabel
@@ -136,16 +137,20 @@ class ShardedCompressedEmbeddingBagCollection(
         """TorchRec shards the codebooks; those of tables whose assignments are sharded by id become a group of their own."""
         check_replicated(self.lowered_tables, params)
         collection = module._embedding_bag_collection
+        requests = requested_optimizers(collection)
         by_id = [c for t in self.lowered_tables if has_sharded_assignments(t.config) for c in t.physical_configs]
-        if not by_id:
-            return ebc_sharder.shard(collection, params, self._env, self._device, module_fqn)
         names = {config.name for config in by_id}
         by_row = [config for config in collection.embedding_bag_configs() if config.name not in names]
-        guest = shard_replicated_codebooks(subset(collection, by_id), params, ebc_sharder, self._env, self._device)
-        if not by_row:
-            return guest
-        host = ebc_sharder.shard(subset(collection, by_row), params, self._env, self._device, module_fqn)
-        graft(host, guest)
+        if by_row:
+            part = subset(collection, by_row)
+            host = ebc_sharder.shard(part, params, self._env, self._device, module_fqn)
+            train_replicated(host, requests, sum_gradients=False)
+        if by_id:
+            part = subset(collection, by_id)
+            guest = shard_replicated_codebooks(part, params, requests, ebc_sharder, self._env, self._device)
+            if not by_row:
+                return guest
+            graft(host, guest)
         return host
 
     @torch.no_grad()

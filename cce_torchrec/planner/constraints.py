@@ -90,7 +90,9 @@ def _translate(table: LoweredTable, given: ParameterConstraints | None) -> Param
         if values is not None and len(values) != num_features:
             raise ValueError(f"Table {table.name!r}: {name} has {len(values)} values for {num_features} features.")
     factors = [factor * table.row_map.rows_per_id for factor in constraint.pooling_factors]
-    return replace(constraint, pooling_factors=factors, feature_names=None, sharding_types=_sharding_types(table, constraint))
+    return replace(
+        constraint, pooling_factors=factors, feature_names=None, sharding_types=_sharding_types(table, constraint)
+    )
 
 
 def _sharding_types(table: LoweredTable, constraint: ParameterConstraints) -> list[str] | None:

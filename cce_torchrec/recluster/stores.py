@@ -132,7 +132,8 @@ class Store:
         """Whether an optimizer that we were not given trains a sharded table."""
         if not self._is_sharded or self._inner.module_sharding_plan[table].compute_kernel != "dense":
             return False
-        return self._inner.embedding_bags[table].weight not in self._external
+        weight = self._inner.embedding_bags[table].weight
+        return weight not in self._external and not hasattr(weight, "_in_backward_optimizers")
 
 
 def _key(table: str) -> str:
@@ -140,10 +141,11 @@ def _key(table: str) -> str:
 
 
 def _in_backward_state(weight: nn.Parameter) -> dict[str, Any]:
-    """The state of an optimizer that was applied in backward to an unsharded table."""
+    """The state of an optimizer that was applied in backward to an unsharded table; it has that one parameter."""
     merged: dict[str, Any] = {}
     for optimizer in getattr(weight, "_in_backward_optimizers", []):
-        merged |= optimizer.state.get(weight, {})
+        for state in optimizer.state.values():
+            merged |= state
     return merged
 
 
