@@ -88,11 +88,12 @@ class RowRewriter:
         self._rows_per_id_P1 = torch.tensor(rows_per_id_P, dtype=torch.int64).unsqueeze(1)
 
     @torch.no_grad()
-    def __call__(self, features: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    def __call__(self, features: KeyedJaggedTensor, key_prefix: str = "") -> KeyedJaggedTensor:
         """Rewrite a batch.
 
         Args:
             features: ids; must hold every feature of the tables, in any order.
+            key_prefix: what the keys of the result begin with.
 
         Returns:
             Rows; keys are the physical features in the order of the physical tables.
@@ -113,7 +114,7 @@ class RowRewriter:
             for table, check, ids_N in zip(self.tables, self._checks, self._split(features.values(), ends), strict=True)
         ]
         return KeyedJaggedTensor(
-            keys=self._keys,
+            keys=[key_prefix + key for key in self._keys] if key_prefix else self._keys,
             values=self._gather(rows),
             lengths=(lengths_FB[self._feature_P] * self._rows_per_id_P1.to(lengths_FB.dtype)).view(-1),
             weights=self._gather(self._weights(features, ends)) if self._is_weighted else None,

@@ -26,6 +26,11 @@ ID_SHARDED = "id_sharded"
 CLIENT_SIDE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 
 
+def _stamp(version: int) -> str:
+    """What the names of rows begin with: lookups go by position, so names are free to tell where rows come from."""
+    return f"{version}|"
+
+
 class Group(Protocol):
     """The path of a batch to the lookup of one sharding type."""
 
@@ -33,9 +38,17 @@ class Group(Protocol):
     rewrites_before_dist: bool
 
     def distribute(
-        self, features: KeyedJaggedTensor
+        self, features: KeyedJaggedTensor, version: int
     ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
-        """What this rank sends, and the awaitable of what it will receive."""
+        """What this rank sends, and the awaitable of what it will receive.
+
+        Args:
+            features: this rank's batch of ids.
+            version: that of the assignments, which rows that travel carry along.
+        """
+
+    def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
+        """Whether what was received was computed from assignments of another version."""
 
     def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
         """What this rank looks up."""
@@ -51,10 +64,13 @@ class ClientGroup:
         self._rewrite = rewriter
 
     def distribute(
-        self, features: KeyedJaggedTensor
+        self, features: KeyedJaggedTensor, version: int
     ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
-        rows = self._rewrite(features)
+        rows = self._rewrite(features, key_prefix=_stamp(version))
         return rows, self.input_dist(rows)
+
+    def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
+        return any(not key.startswith(_stamp(version)) for key in received.keys()[:1])
 
     def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return received
@@ -71,10 +87,13 @@ class OwnerGroup:
         self._rewrite = rewriter
 
     def distribute(
-        self, features: KeyedJaggedTensor
+        self, features: KeyedJaggedTensor, version: int
     ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
         ids = select_features(features, self._features)
         return ids, self.input_dist(ids)
+
+    def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
+        return False
 
     def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
         return self._rewrite(received)

@@ -190,7 +190,7 @@ class ShardedCompressedEmbeddingBagCollection(
             ctx.factors_BF = self._relabel.factors(features)
             awaitables = []
             for group in self._groups:
-                sent, received = group.distribute(features)
+                sent, received = group.distribute(features, self._version)
                 awaitables.append(received)
                 ctx.sharding_contexts.append(
                     EmbeddingShardingContext(
@@ -204,7 +204,9 @@ class ShardedCompressedEmbeddingBagCollection(
         """Rows to look up on this rank; those computed before a re-clustering are computed again."""
         if ctx.localized:
             return received
-        if ctx.features is not None and ctx.version != self._version:
+        # A pipeline that was detached and attached again gives a batch a new context but keeps what was received.
+        stale = (group.is_stale(kjt, self._version) for group, kjt in zip(self._groups, received, strict=True))
+        if ctx.features is not None and (ctx.version != self._version or any(stale)):
             features = ctx.features
             ctx.sharding_contexts.clear()
             # Pipelines replace the all-to-all by one that returns its splits, which only this awaitable can wait for.
