@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	  || { echo "The stack does not load: 'make clean-venv install' starts afresh." >&2; exit 1; }
 	@touch $@
 
-quickstart: install ## Train a small DLRM with compressed tables on made-up data
+quickstart: install ## Train a small DLRM with compressed tables on MovieLens-100K
 	$(BIN)/python -m dlrm_example.quickstart $(ARGS)
 
 test: install ## Run the tests (ARGS="-k name -x" is passed on to pytest)

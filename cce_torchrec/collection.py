@@ -4,6 +4,7 @@ KJT of ids -> RowRewriter -> KJT of rows -> inner EmbeddingBagCollection -> Rela
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -13,7 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import check_tables
-from cce_torchrec.lowering import LoweredTable, lower_tables
+from cce_torchrec.lowering import LoweredTable, check_layouts, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes
 from cce_torchrec.methods.base import id_chunks
 from cce_torchrec.rewrite import Relabel, RowRewriter
@@ -66,6 +67,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
         )
         self._relabel = Relabel(self.lowered_tables)
+        self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Pooled vectors of a batch.
@@ -131,6 +133,11 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             for name in table.physical_names
         }
         return memory_report(self.lowered_tables, optimizer_bytes)
+
+
+def refuse_other_layouts(collection: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before loading: nothing is changed where the state dict is that of other tables."""
+    check_layouts(collection.lowered_tables, state, f"{prefix}_row_maps.")  # type: ignore[arg-type]
 
 
 def dense_weight(table: LoweredTable, weights: Sequence[Tensor]) -> Tensor:

@@ -4,9 +4,10 @@ Tables of one column keep their names, so a full table looks just as in TorchRec
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ from cce_torchrec.config import method_of
 from cce_torchrec.methods import RowMap
 
 
-def _init_summand(init_fn, num_summands: int, weight: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-    """Initialise rows of which ``num_summands`` are added, so that their sum has the variance of ``init_fn``."""
+def _scaled_init(init_fn: Callable[[Tensor], Tensor | None], factor: float, weight: Tensor) -> Tensor:
+    """Initialise rows so that the vectors made of them have the variance of ``init_fn``."""
     with torch.no_grad():
         init_fn(weight)
-        return weight.mul_(num_summands**-0.5)
+        return weight.mul_(factor)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class LoweredTable:
     def physical_configs(self) -> list[EmbeddingBagConfig]:
         """Configs of the physical tables, column by column; they pool by SUM, a MEAN divides afterwards."""
         assert self.config.init_fn is not None
-        summands = self.row_map.rows_per_id
+        factor = self.row_map.rows_per_id**-0.5 / self.row_map.scale
         return [
             EmbeddingBagConfig(
                 name=self.physical_names[column],
@@ -74,12 +75,48 @@ class LoweredTable:
                 embedding_dim=size.dim,
                 data_type=self.config.data_type,
                 feature_names=[self.output_names(feature)[column] for feature in range(len(self.embedding_names))],
-                weight_init_max=self.config.get_weight_init_max() * summands**-0.5,
-                weight_init_min=self.config.get_weight_init_min() * summands**-0.5,
-                init_fn=self.config.init_fn if summands == 1 else partial(_init_summand, self.config.init_fn, summands),
+                weight_init_max=self.config.get_weight_init_max() * factor,
+                weight_init_min=self.config.get_weight_init_min() * factor,
+                init_fn=self.config.init_fn if factor == 1 else partial(_scaled_init, self.config.init_fn, factor),
             )
             for column, size in enumerate(self.row_map.columns)
         ]
+
+
+def _row_map(config: EmbeddingBagConfig, device: torch.device | None) -> RowMap:
+    """The id -> rows function of a table, with an empty buffer whose *name* says what it is.
+
+    A checkpoint of something else then lacks that name, and loading it fails before anything is read.
+    """
+    method = method_of(config)
+    row_map = method.row_map(config.name, config.num_embeddings, config.embedding_dim, device)
+    layout = method.layout(config.num_embeddings, config.embedding_dim).replace(".", ",")
+    row_map.register_buffer(layout, torch.empty(0, dtype=torch.uint8, device=device))
+    return row_map
+
+
+def check_layouts(tables: Sequence[LoweredTable], state: Mapping[str, Any], prefix: str) -> None:
+    """Raise a ``ValueError`` where a state dict was saved from tables of another method or size.
+
+    Args:
+        tables: of the collection that is to load it.
+        state: its keys.
+        prefix: what the keys of the row maps begin with.
+    """
+    for table in tables:
+        start = f"{prefix}{table.name}."
+        own = next(name for name, _ in table.row_map.named_buffers() if is_layout(name))
+        saved = [key.removeprefix(start) for key in state if key.startswith(start) and is_layout(key)]
+        if saved and own not in saved:
+            raise ValueError(
+                f"Table {table.name!r}: the checkpoint was saved from {saved[0]}, but the model has {own}. "
+                "Build the model with the checkpoint's method and sizes."
+            )
+
+
+def is_layout(key: str) -> bool:
+    """Whether a key of a state dict is the name that says what a table is."""
+    return " format " in key
 
 
 def lower_tables(configs: Sequence[EmbeddingBagConfig], devices: Sequence[torch.device | None]) -> list[LoweredTable]:
@@ -92,11 +129,7 @@ def lower_tables(configs: Sequence[EmbeddingBagConfig], devices: Sequence[torch.
     for config in configs:
         config.feature_names = config.feature_names or [config.name]
     lowered = [
-        LoweredTable(
-            config,
-            method_of(config).row_map(config.name, config.num_embeddings, config.embedding_dim, device),
-            embedding_names,
-        )
+        LoweredTable(config, _row_map(config, device), embedding_names)
         for config, embedding_names, device in zip(
             configs, get_embedding_names_by_table(list(configs)), devices, strict=True
         )

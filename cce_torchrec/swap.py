@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -73,7 +73,12 @@ class CompressionRule:
         if self.compression is not None:
             budget = int(num_embeddings * embedding_dim / self.compression)
             return method.from_budget(num_embeddings, embedding_dim, budget, **self.options)
-        return method(**self.options)
+        try:
+            return method(**self.options)
+        except TypeError as error:
+            raise ValueError(
+                f"{self.method!r} needs a size: give compression, num_params, or options ({error})."
+            ) from None
 
 
 @runtime_checkable
@@ -111,44 +116,63 @@ def compress(model: nn.Module, rules: Rules) -> nn.Module:
         >>> type(model[0]).__name__
         'CompressedEmbeddingBagCollection'
     """
-    found = [(name, module) for name, module in model.named_modules() if type(module) is EmbeddingBagCollection]
-    tables = {config.name: config for _, module in found for config in module.embedding_bag_configs()}
-    chosen = _choose(tables, rules)
-    if not chosen:
-        raise ValueError(
-            f"No table is compressed by {rules}; the model's {len(found)} collections have {list(tables)}."
-        )
-    for name, module in found:
-        methods = {c.name: chosen[c.name] for c in module.embedding_bag_configs() if c.name in chosen}
-        if not methods:
+    found = list(_plain_collections(model))
+    replacements = {}  # by identity: a collection may stand at several places
+    for _, collection in found:
+        if id(collection) not in replacements:
+            replacements[id(collection)] = _replacement(collection, rules)
+    tables = [config.name for _, collection in found for config in collection.embedding_bag_configs()]
+    if isinstance(rules, Mapping | CompressionPlan):
+        methods = rules if isinstance(rules, Mapping) else rules.methods
+        unknown = [name for name in methods if name not in tables]
+        if unknown:
+            raise ValueError(f"There is no table {unknown}; the model's tables are {tables}.")
+    if not any(replacements.values()):
+        raise ValueError(f"No table is compressed by {rules}; the model's {len(found)} collections have {tables}.")
+    for name, collection in found:
+        replacement = replacements[id(collection)]
+        if replacement is None:
             continue
-        replacement = _replace(module, methods)
-        logger.info("Compressed %s: %s", name or type(model).__name__, methods)
-        if module is model:
+        logger.info("Compressed %s: %s", name or type(model).__name__, replacement.embedding_bag_configs())
+        if collection is model:
             return replacement
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
     return model
 
 
-def _choose(tables: Mapping[str, EmbeddingBagConfig], rules: Rules) -> dict[str, MethodConfig]:
-    """The method of each table that is compressed."""
+def _plain_collections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, EmbeddingBagCollection]]:
+    """TorchRec's own collections in a module, at every place where they stand; not those inside compressed ones."""
+    if type(module) is EmbeddingBagCollection:
+        yield prefix, module
+    elif not isinstance(module, CompressedEmbeddingBagCollection):
+        for name, child in module._modules.items():  # named_children() leaves out what stands twice
+            if child is not None:
+                yield from _plain_collections(child, f"{prefix}.{name}" if prefix else name)
+
+
+def _replacement(collection: EmbeddingBagCollection, rules: Rules) -> CompressedEmbeddingBagCollection | None:
+    """The compressed collection that takes a collection's place, or ``None`` where no table changes."""
+    methods = {}
+    for config in collection.embedding_bag_configs():
+        try:
+            method = _choose(config, rules)
+        except ValueError as error:
+            raise ValueError(f"Table {config.name!r}: {error}") from None
+        if method is not None:
+            methods[config.name] = method
+    return _replace(collection, methods) if methods else None
+
+
+def _choose(config: EmbeddingBagConfig, rules: Rules) -> MethodConfig | None:
+    """The method of one table, or ``None`` where it stays full."""
     if isinstance(rules, CompressionPlan):
         rules = rules.methods
     if isinstance(rules, Mapping):
-        unknown = [name for name in rules if name not in tables]
-        if unknown:
-            raise ValueError(f"There is no table {unknown}; the model's tables are {list(tables)}.")
-        return dict(rules)
-    chosen = {}
-    for name, config in tables.items():
-        rule = next((rule for rule in rules if rule.matches(name, config.num_embeddings)), None)
-        if rule is not None:
-            try:
-                chosen[name] = rule.method_for(config.num_embeddings, config.embedding_dim)
-            except ValueError as error:
-                raise ValueError(f"Table {name!r}: {error}") from None
-    return chosen
+        return rules.get(config.name)
+    matching = (rule for rule in rules if rule.matches(config.name, config.num_embeddings))
+    rule = next(matching, None)
+    return None if rule is None else rule.method_for(config.num_embeddings, config.embedding_dim)
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.collection import CompressedEmbeddingBagCollection, refuse_other_layouts
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.groups import make_group
 from cce_torchrec.distributed.id_sharding import (
@@ -125,6 +125,7 @@ class ShardedCompressedEmbeddingBagCollection(
         self._relabel = Relabel(self.lowered_tables)
         self._keeps_features = any(group.rewrites_before_dist for group in self._groups)
         self._version = 0
+        self.register_load_state_dict_pre_hook(refuse_other_layouts)
         self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
 
     def _shard_codebooks(
@@ -176,7 +177,10 @@ class ShardedCompressedEmbeddingBagCollection(
                 del buffers["assignments"]
             replicated.extend(buffers.values())
         for tensor in replicated:  # ranks may have been built from different seeds
-            dist.broadcast(tensor.data, dist.get_global_rank(self._env.process_group, 0), self._env.process_group)
+            if tensor.numel():
+                # As bytes where the backend may not know the type: gloo has no int16.
+                data = tensor.data.view(torch.uint8) if tensor.dtype == torch.int16 else tensor.data
+                dist.broadcast(data, dist.get_global_rank(self._env.process_group, 0), self._env.process_group)
 
     def create_context(self) -> CompressedContext:
         """A fresh context for one batch."""

@@ -5,15 +5,16 @@ from typing import Any, cast
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
-from torchrec.distributed.embedding_types import BaseEmbeddingSharder
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.fbgemm_qcomm_codec import QuantizedCommCodecs
 from torchrec.distributed.sharding_plan import get_default_sharders
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv
+from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.distributed.groups import CLIENT_SIDE
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
+from cce_torchrec.methods import Column
 
 
 class CompressedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompressedEmbeddingBagCollection]):
@@ -49,16 +50,20 @@ class CompressedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompressedEmb
         """Shard a collection by a plan whose keys are its physical tables.
 
         Raises:
-            ValueError: where a table is missing in the plan.
+            ValueError: where a table is missing in the plan, a codebook is too narrow for FBGEMM, a plan asks for a fused
+                kernel under data-parallel, or leaves a rank without rows.
         """
+        device = torch.device("cpu") if device is None else device
         missing = [name for name in self.shardable_parameters(module) if name not in params]
         if missing:
             raise ValueError(
                 f"The sharding plan has no entry for {missing} (it has {list(params)}): plan with a planner that was "
                 "given this sharder, or add them. Column i of a table t is the physical table t:i."
             )
+        for table in module.lowered_tables:
+            for name, column in zip(table.physical_names, table.row_map.columns, strict=True):
+                _check_placement(table.name, name, column, params[name], device)
         mode: BoundsCheckMode | None = (self.fused_params or {}).get("bounds_check_mode")
-        device = torch.device("cpu") if device is None else device
         return ShardedCompressedEmbeddingBagCollection(
             module, params, self._ebc_sharder, env, device, bounds_check_mode=mode, module_fqn=module_fqn
         )
@@ -84,6 +89,31 @@ class CompressedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompressedEmb
     def sharded_module_type(self) -> type[ShardedCompressedEmbeddingBagCollection]:
         """What it makes."""
         return ShardedCompressedEmbeddingBagCollection
+
+
+def _check_placement(
+    table: str, physical_table: str, column: Column, sharding: ParameterSharding, device: torch.device
+) -> None:
+    """Raise where TorchRec would fail obscurely, or train something wrong."""
+    replicated = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+    if replicated and sharding.compute_kernel != EmbeddingComputeKernel.DENSE.value:
+        raise ValueError(
+            f"{physical_table!r} is planned data_parallel with the {sharding.compute_kernel!r} kernel; TorchRec replicates "
+            "with 'dense' only (an optimizer applied in backward works there too)."
+        )
+    shards = [] if replicated or sharding.sharding_spec is None else sharding.sharding_spec.shards
+    widths = {shard.shard_sizes[1] for shard in shards} or {column.dim}
+    if any(width % 4 for width in widths):
+        raise ValueError(
+            f"{physical_table!r} would have shards of {sorted(widths)} dims, and FBGEMM needs multiples of 4: give table "
+            f"{table!r} fewer columns (num_columns) or fewer column shards."
+        )
+    empty = [shard for shard in shards if shard.shard_sizes[0] == 0]
+    if empty and device.type == "cpu":
+        raise ValueError(
+            f"{physical_table!r} has too few rows ({column.num_rows}) for {len(shards)} row-wise shards: {len(empty)} would "
+            "be empty, which FBGEMM's CPU kernels train wrongly. Place it data_parallel or table_wise."
+        )
 
 
 def get_sharders(

@@ -11,11 +11,13 @@ Shapes: N ids, C columns, R rows an id and column.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+
+CHECKPOINT_FORMAT = 1  # to be raised when what a row map stores, or its hash functions, change
 
 
 class Column(NamedTuple):
@@ -98,6 +100,15 @@ class MethodConfig(ABC):
                 f"{method} needs {needed} parameters, more than the budget of {num_params}: raise it to that."
             )
         return method
+
+    def layout(self, num_embeddings: int, embedding_dim: int) -> str:
+        """What a checkpoint of such a table must have been saved from; seeds may differ, hashes are saved."""
+        sizes = ", ".join(f"{name}={value}" for name, value in self.sizes().items())
+        return f"{self.key}({sizes}) {num_embeddings}x{embedding_dim} format {CHECKPOINT_FORMAT}"
+
+    def sizes(self) -> dict[str, Any]:
+        """The fields that say what is stored, defaults filled in."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seed"}
 
     @abstractmethod
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:

@@ -141,6 +141,9 @@ class CCE(MethodConfig):
         """k', with the default filled in."""
         return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
 
+    def sizes(self) -> dict[str, Any]:
+        return {**super().sizes(), "num_helper_rows": self.helper_rows}
+
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         check_divides(embedding_dim, self.num_columns)
         return (self.num_rows + self.helper_rows) * embedding_dim
@@ -149,9 +152,10 @@ class CCE(MethodConfig):
     def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
-        helper_rows = overrides.get("num_helper_rows")
-        rows = budget_rows(cls.key, num_params, embedding_dim, smallest=1 + (helper_rows or 1))
-        helper_rows = rows // 2 if helper_rows is None else helper_rows
+        main_rows, helper_rows = overrides.get("num_rows"), overrides.get("num_helper_rows")
+        rows = budget_rows(cls.key, num_params, embedding_dim, smallest=(main_rows or 1) + (helper_rows or 1))
+        if helper_rows is None:
+            helper_rows = rows // 2 if main_rows is None else rows - main_rows
         return {
             "num_rows": rows - helper_rows,
             "num_helper_rows": helper_rows,

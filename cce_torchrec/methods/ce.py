@@ -75,7 +75,7 @@ class CE(MethodConfig):
     def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
-        rows = budget_rows(cls.key, num_params, embedding_dim, smallest=1)
+        rows = budget_rows(cls.key, num_params, embedding_dim, smallest=overrides.get("num_rows", 1))
         return {"num_rows": rows, "num_columns": default_num_columns(embedding_dim, at_most=4)}
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:

@@ -39,7 +39,7 @@ class HashingTrick(MethodConfig):
     def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
-        return {"num_rows": budget_rows(cls.key, num_params, embedding_dim, smallest=1)}
+        return {"num_rows": budget_rows(cls.key, num_params, embedding_dim, smallest=overrides.get("num_rows", 1))}
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         return HashedRowMap(self.num_rows, 1, embedding_dim, (self.seed, table, self.key), device)

@@ -73,8 +73,13 @@ class QR(MethodConfig):
     def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
-        width = embedding_dim // 2 if overrides.get("operation") == "concat" else embedding_dim
+        width = embedding_dim
+        if overrides.get("operation") == "concat":
+            check_divides(embedding_dim, 2)
+            width //= 2
         low, high = max(isqrt(num_embeddings - 1) + 1, 1), num_embeddings
+        if "num_remainders" in overrides:
+            low = high = overrides["num_remainders"]
         smallest = low + _num_quotients(num_embeddings, low)
         budget = budget_rows(cls.key, num_params, width, smallest)
         while low < high:  # m + ceil(V / m) grows with m from sqrt(V) on

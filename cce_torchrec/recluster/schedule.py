@@ -54,7 +54,7 @@ class ReclusterSchedule:
     @cached_property
     def steps(self) -> tuple[int, ...]:
         """After which steps it re-clusters."""
-        last = int(self.total_steps * self.stop_after_fraction)
+        last = int(round(self.total_steps * self.stop_after_fraction, 6))  # 0.29 * 100 is 28.999999999999996
         if self.every_steps is not None:
             return tuple(range(self.every_steps, last + 1, self.every_steps))
         return tuple(sorted({step for i in range(self.count) if (step := last * (i + 1) // self.count) > 0}))

@@ -109,10 +109,14 @@ def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping
         if name not in tables:
             raise ValueError(f"id_weights has {name!r}, which is not a table to re-cluster; those are {list(tables)}.")
         expected = tables[name].config.num_embeddings
-        if weights_V.shape != (expected,) or not bool((weights_V >= 0).all()) or not bool((weights_V > 0).any()):
+        usable_V = (weights_V >= 0) & weights_V.isfinite()
+        if weights_V.shape != (expected,) or not bool(usable_V.all()) or not bool((weights_V > 0).any()):
+            low, high = (
+                (weights_V.min().item(), weights_V.max().item()) if weights_V.numel() else ("nothing", "nothing")
+            )
             raise ValueError(
-                f"id_weights[{name!r}] must be [{expected}] numbers >= 0, not all 0; it is {tuple(weights_V.shape)} with a "
-                f"minimum of {weights_V.min().item() if weights_V.numel() else 'nothing'}."
+                f"id_weights[{name!r}] must be [{expected}] finite numbers >= 0, not all 0; it is {tuple(weights_V.shape)} "
+                f"with a minimum of {low} and a maximum of {high}."
             )
 
 

@@ -102,10 +102,14 @@ class Store:
         """Replace whole codebooks, by physical table."""
         self._inner.load_state_dict({_key(table): weight for table, weight in codebooks.items()}, strict=False)
 
+    def _states(self, table: str) -> dict[str, Any]:
+        """The kinds of optimizer state of a table by name, as far as they are on this rank."""
+        weight = self._inner.embedding_bags[table].weight
+        return self._fused.get(_key(table)) or self._external.get(weight) or _in_backward_state(weight)
+
     def _state_pieces(self, table: str, num_rows: int) -> list[Piece]:
         """Views of the optimizer state of this rank's rows, the kinds of state side by side."""
-        weight = self._inner.embedding_bags[table].weight
-        states = self._fused.get(_key(table)) or self._external.get(weight) or _in_backward_state(weight)
+        states = self._states(table)
         pieces: list[Piece] = []
         base = 0
         for name in sorted(states):
@@ -120,13 +124,17 @@ class Store:
         return state_RS if state_RS.numel() else state_RS.new_zeros(num_rows, 0)
 
     def write_optimizer(self, table: str, state_RS: Tensor, num_rows: int) -> None:
-        """Replace the optimizer state of all rows; S = 0 resets it to zero."""
+        """Replace the optimizer state of all rows; S = 0 resets it to zero, step counts included."""
         for piece in self._state_pieces(table, num_rows):
             height, width = piece.tensor.shape
             if state_RS.shape[1]:
                 piece.tensor.copy_(state_RS[piece.row : piece.row + height, piece.col : piece.col + width])
             else:
                 piece.tensor.zero_()
+        if not state_RS.shape[1]:
+            for value in self._states(table).values():
+                if isinstance(value, Tensor) and not isinstance(value, ShardedTensor | DTensor) and value.dim() == 0:
+                    value.zero_()
 
     def trained_elsewhere(self, table: str) -> bool:
         """Whether an optimizer that we were not given trains a sharded table."""
