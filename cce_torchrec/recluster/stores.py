@@ -75,6 +75,7 @@ class Store:
     def __init__(self, collection: nn.Module, optimizer: Optimizer | None, collectives: Collectives) -> None:
         inner: Any = collection._embedding_bag_collection
         self._inner = inner
+        self._dims = {config.name: config.embedding_dim for config in inner._embedding_bag_configs}
         self._weights = inner.state_dict()  # flushes caches; its tensors are the parameters themselves
         self._is_sharded = isinstance(inner, ShardedEmbeddingBagCollection)
         self._fused = inner.fused_optimizer.state_dict()["state"] if self._is_sharded else {}
@@ -108,15 +109,14 @@ class Store:
         return self._fused.get(_key(table)) or self._external.get(weight) or _in_backward_state(weight)
 
     def _state_pieces(self, table: str, num_rows: int) -> list[Piece]:
-        """Views of the optimizer state of this rank's rows, the kinds of state side by side."""
+        """Views of the optimizer state of this rank's rows, each kind in D columns of its own (a row-wise one in fewer)."""
         states = self._states(table)
-        pieces: list[Piece] = []
-        base = 0
-        for name in sorted(states):
-            parts = _rows_of_state(states[name], self._pieces(table), num_rows)
-            pieces += [Piece(part.tensor, part.row, base + part.col) for part in parts]
-            base += max((part.col + part.tensor.shape[1] for part in parts), default=0)
-        return pieces
+        dim = self._dims[table]
+        return [
+            Piece(part.tensor, part.row, index * dim + part.col)
+            for index, name in enumerate(sorted(states))
+            for part in _rows_of_state(states[name], self._pieces(table), num_rows)
+        ]
 
     def read_optimizer(self, table: str, num_rows: int) -> Tensor:
         """The optimizer state of all rows: [R, S] float32, S = 0 where there is none; collective."""
@@ -168,6 +168,13 @@ def _rows_of_state(value: Any, weight_pieces: list[Piece], num_rows: int) -> lis
         return flat or [part for part in parts if part.tensor.dim() == 2]
     if not isinstance(value, Tensor) or value.dim() == 0:
         return []
-    row, col = (weight_pieces[0].row, weight_pieces[0].col) if len(weight_pieces) == 1 else (0, 0)
-    matrix = value.view(len(value), -1)
-    return [Piece(matrix, row, col if matrix.shape[1] > 1 else 0)]
+    # A plain tensor goes with a parameter in which the local shards of the table lie one after another.
+    sizes = [piece.tensor.numel() for piece in weight_pieces]
+    if value.numel() == sum(sizes):
+        parts = value.view(-1).split(sizes)
+        return [Piece(t.view(p.tensor.shape), p.row, p.col) for t, p in zip(parts, weight_pieces, strict=True)]
+    rows = value.view(-1).split([len(piece.tensor) for piece in weight_pieces])
+    return [
+        Piece(t.view(-1, 1), p.row, p.col // max(p.tensor.shape[1], 1))
+        for t, p in zip(rows, weight_pieces, strict=True)
+    ]
