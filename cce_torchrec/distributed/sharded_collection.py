@@ -47,6 +47,7 @@ from cce_torchrec.distributed.id_sharding import (
     subset,
 )
 from cce_torchrec.distributed.replicated import requested_optimizers, train_replicated
+from cce_torchrec.hashing import derive_seed
 from cce_torchrec.lowering import LoweredTable, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report
 from cce_torchrec.rewrite import Relabel
@@ -160,9 +161,7 @@ class ShardedCompressedEmbeddingBagCollection(
         inner = self._embedding_bag_collection
         if module.device.type == "meta":
             for config in inner._embedding_bag_configs:
-                weight = inner.embedding_bags[config.name].weight
-                if weight.numel():
-                    config.init_fn(weight)
+                self._init_shard(config)
         else:
             inner.load_state_dict(module._embedding_bag_collection.state_dict())
             self._row_maps.load_state_dict(module._row_maps.state_dict())
@@ -181,6 +180,15 @@ class ShardedCompressedEmbeddingBagCollection(
                 # As bytes where the backend may not know the type: gloo has no int16.
                 data = tensor.data.view(torch.uint8) if tensor.dtype == torch.int16 else tensor.data
                 dist.broadcast(data, dist.get_global_rank(self._env.process_group, 0), self._env.process_group)
+
+    def _init_shard(self, config: EmbeddingBagConfig) -> None:
+        """Draw the local part of a codebook from a stream of its own: ranks with one seed must not draw equal shards."""
+        weight = self._embedding_bag_collection.embedding_bags[config.name].weight
+        if not weight.numel():
+            return
+        with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(torch.initial_seed(), config.name, self._env.rank))
+            config.init_fn(weight)
 
     def create_context(self) -> CompressedContext:
         """A fresh context for one batch."""

@@ -111,7 +111,8 @@ class Placement:
     def sharding(self, num_rows: int, dim: int, world_size: int, local_size: int) -> ParameterSharding:
         """The entry of a plan."""
         if self.sharding_type == "data_parallel":
-            return ParameterSharding(self.sharding_type, compute_kernel="dense", ranks=list(range(world_size)))
+            kernel = self.kernel if self.ranks else "dense"
+            return ParameterSharding(self.sharding_type, compute_kernel=kernel, ranks=list(range(world_size)))
         assert dim % self.column_shards == 0
         assert len(self.ranks) % self.column_shards == 0
         row_shards, width = len(self.ranks) // self.column_shards, dim // self.column_shards

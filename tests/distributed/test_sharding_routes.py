@@ -24,14 +24,15 @@ from cce_torchrec import (
     CompressedEmbeddingBagConfig,
     recluster,
 )
-from cce_torchrec.methods import CCE, CE, QR
-from tests.distributed.harness import RankPool
+from cce_torchrec.methods import CCE, CE, QR, HashingTrick
+from tests.distributed.harness import RankError, RankPool
 from tests.distributed.models import (
     EPS,
     LEARNING_RATE,
     ON_2,
     ROWWISE_ADAGRAD,
     Model,
+    Placement,
     batch,
     make_plan,
     mixed_on_2,
@@ -333,3 +334,58 @@ def test_one_bad_id_ends_on_every_rank(places: str) -> None:
     assert names[seer] == "IndexError"
     assert names[1 - seer] == "RuntimeError"
     assert max(seconds) < 15
+
+
+def check_shards_differ(rank: int, world_size: int) -> None:
+    """Ranks with one seed draw shards of their own; equal ones would make CCE's helper rows copies of its main rows."""
+    torch.manual_seed(0)
+    model = Model(device="meta")
+    dmp = shard(model, {name: row_wise(world_size) for name in physical_tables(model.collection)})
+    for name, weight in whole_state(dmp).items():
+        if "embedding_bags." in name:
+            assert len(weight.unique(dim=0)) == len(weight), name
+
+
+def test_shards_from_meta_differ_although_ranks_share_a_seed(ranks2: RankPool) -> None:
+    ranks2.run(check_shards_differ)
+
+
+def test_rows_too_few_for_every_rank_are_an_error_on_the_cpu(ranks4: RankPool) -> None:
+    with pytest.raises(RankError, match=r"'t' has too few rows \(3\) for 4 row-wise shards"):
+        ranks4.run(check_tiny)
+
+
+def check_tiny(rank: int, world_size: int) -> None:
+    table = CompressedEmbeddingBagConfig(
+        name="t", num_embeddings=50, embedding_dim=8, feature_names=["f"], method=HashingTrick(num_rows=3)
+    )
+    model = Model([table])
+    shard(model, {"t": row_wise(world_size)})
+
+
+def check_refused(rank: int, world_size: int, num_columns: int, placement: Placement) -> None:
+    table = CompressedEmbeddingBagConfig(
+        name="t",
+        num_embeddings=50,
+        embedding_dim=16,
+        feature_names=["f"],
+        method=CCE(num_rows=4, num_columns=num_columns),
+    )
+    model = Model([table])
+    shard(model, dict.fromkeys(physical_tables(model.collection), placement))
+
+
+@pytest.mark.parametrize(
+    ("num_columns", "placement", "message"),
+    [
+        (8, table_wise(0), r"shards of \[2\] dims.*multiples of 4.*num_columns"),
+        (2, Placement("column_wise", (0, 1, 0, 1), 4), r"shards of \[2\] dims"),
+        (2, Placement("data_parallel", (0, 1), kernel="fused"), "data_parallel with the 'fused' kernel"),
+    ],
+    ids=["narrow_columns", "narrow_shards", "fused_data_parallel"],
+)
+def test_what_torchrec_would_not_do_is_an_error(
+    ranks2: RankPool, num_columns: int, placement: Placement, message: str
+) -> None:
+    with pytest.raises(RankError, match=message):
+        ranks2.run(check_refused, num_columns, placement)
