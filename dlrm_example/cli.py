@@ -114,11 +114,21 @@ def _add_training_flags(group: _Group) -> None:
         group.add(f"limit_{split}_batches", f"use at most this many {split} batches (an epoch)", type=int)
     group.add("validation_freq_within_epoch", "evaluate every N steps too, not only after each epoch", type=int)
     group.add("seed", "of weights, hashes, shuffling and re-clustering", type=int)
+    timeout_help = "seconds after which a rank gives up waiting for the others"
+    group.add("collective_timeout", timeout_help, type=float)
     group.add("num_threads", "CPU threads of torch; so small a model gains nothing from more", type=int)
 
 
 def _add_output_flags(group: _Group) -> None:
-    group.add("run_dir", "where config.json, metrics.jsonl and summary.json go", required=True)
-    group.add("overwrite", "replace a finished run in run_dir", action="store_true")
+    group.add("run_dir", "where config.json, metrics.jsonl, summary.json and checkpoints/ go", required=True)
+    group.add("overwrite", "replace the run in run_dir", action="store_true")
+    checkpoint_help = (
+        "save a checkpoint every N epochs and after the last, and keep the last two and the best; 0 for none"
+    )
+    group.add("checkpoint_every_epochs", checkpoint_help, type=int)
+    resume_help = (
+        "continue from the last complete checkpoint in run_dir, on any number of ranks with the same rows a step"
+    )
+    group.add("resume", f"{resume_help}; where there is none, start afresh", action="store_true")
     group.add("print_sharding_plan", "print the planner's choice", action="store_true")
     group.add("print_progress", "progress bars on a terminal", action=argparse.BooleanOptionalAction)

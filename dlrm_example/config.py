@@ -56,6 +56,9 @@ class TrainConfig:
     validation_freq_within_epoch: int | None = None
     seed: int = 1
 
+    checkpoint_every_epochs: int = 1
+    resume: bool = False
+    collective_timeout: float = 600.0
     num_threads: int = 1
     print_sharding_plan: bool = False
     print_progress: bool = True
@@ -70,6 +73,8 @@ class TrainConfig:
         _check_numbers(self)
         _check_compression(self)
         _check_layers(self)
+        if self.resume and self.overwrite:
+            raise UsageError("--resume continues what --overwrite would replace; give one of them")
 
 
 def default_compression(method: str) -> float:
@@ -124,7 +129,7 @@ def _listed(names: Mapping[str, object] | tuple[str, ...]) -> str:
 
 _POSITIVE = (
     *("embedding_dim", "dcn_num_layers", "dcn_low_rank_dim", "min_compressed_rows", "learning_rate", "eps", "epochs"),
-    *("batch_size", "test_batch_size", "num_threads", "validation_freq_within_epoch"),
+    *("batch_size", "test_batch_size", "num_threads", "validation_freq_within_epoch", "collective_timeout"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches"),
 )
 
@@ -134,7 +139,7 @@ def _check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name} is {value}; it must be above 0")
-    for name in ("discard_last", "recluster_count", "seed"):
+    for name in ("discard_last", "recluster_count", "seed", "checkpoint_every_epochs"):
         if getattr(config, name) < 0:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be 0 or more")
     if not 0 < config.recluster_stop_after <= 1:

@@ -11,11 +11,14 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 OUR_LOGGERS = ("dlrm_example", "cce_torchrec")
-STACK_WARNINGS = (  # what torchrec and torchmetrics say about their own use of torch
+STACK_WARNINGS = (  # what torchrec, fbgemm and torchmetrics say about their own use of torch
     "HeuristicalStorageReservation is known to cause issues",
     "`broadcast_buffers` is deprecated",
     "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    "`torch.distributed.all_gather_into_tensor` is deprecated",
     "Using a non-tuple sequence for multidimensional indexing is deprecated",
+    "Please use DTensor instead and we are deprecating ShardedTensor",
+    "fbgemm::dense_embedding_codegen_lookup_function: an autograd kernel was not registered",
 )
 
 

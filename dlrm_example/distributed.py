@@ -1,12 +1,17 @@
 """The process group of a run: torchrun's where it started us, else a group of this one process."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+TIMEOUT = 600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,18 @@ class World:
 
 
 @contextmanager
-def process_group() -> Iterator[World]:
-    """A process group for the duration of a run; one that exists already is used and left as it is."""
+def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
+    """A process group for the duration of a run; one that exists already is used and left as it is.
+
+    It is destroyed whatever happens, so that the other ranks' collectives fail rather than wait for this one.
+
+    Args:
+        timeout: seconds after which a collective that some rank does not join gives up.
+    """
     device = _device()
     mine = not dist.is_initialized()
     if mine:
-        _init("nccl" if device.type == "cuda" else "gloo", device)
+        _init("nccl" if device.type == "cuda" else "gloo", device, timedelta(seconds=timeout))
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -48,6 +59,31 @@ def main_rank_first(world: World) -> Iterator[None]:
             dist.barrier()
 
 
+def on_main_rank(world: World, action: Callable[[], T]) -> T:
+    """What the action returns on rank 0, on every rank. What it raises there, every rank raises."""
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = action()
+        except Exception as error:
+            outcome[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome
+    if failure is not None:
+        raise failure
+    return result
+
+
+def mean_over_ranks(value: torch.Tensor, world: World) -> float:
+    """The mean of every rank's number, on all ranks."""
+    if world.size == 1:
+        return value.item()
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total.item() / world.size
+
+
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -56,9 +92,10 @@ def _device() -> torch.device:
     return device
 
 
-def _init(backend: str, device: torch.device) -> None:
+def _init(backend: str, device: torch.device, timeout: timedelta) -> None:
     device_id = device if device.type == "cuda" else None
     if "RANK" in os.environ:  # started by torchrun, which says where the others are
-        dist.init_process_group(backend, device_id=device_id)
+        dist.init_process_group(backend, device_id=device_id, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=device_id)
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id, timeout=timeout)

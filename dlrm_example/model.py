@@ -9,17 +9,17 @@ from torch import nn
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torch.optim.optimizer import Optimizer
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.distributed.types import ShardingEnv
 from torchrec.models.dlrm import DLRM, DLRM_DCN, DLRM_Projection, DLRMTrain
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
+from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig
 from dlrm_example.config import TrainConfig
 from dlrm_example.data import DatasetInfo
 from dlrm_example.distributed import World
+from dlrm_example.plan import make_plan, plan_table
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +44,18 @@ def collection_of(model: DLRMTrain) -> CompressedEmbeddingBagCollection:
 
 def shard_model(model: DLRMTrain, config: TrainConfig, world: World) -> DistributedModelParallel:
     """Place the tables on the ranks as the planner says; weights are those of the unsharded model."""
-    sharders = get_sharders()
-    planner = EmbeddingShardingPlanner(batch_size=config.batch_size)
     group = dist.group.WORLD
     assert group is not None
-    plan = planner.collective_plan(model, sharders, group)
+    plan, sharders = make_plan(model, collection_of(model), config.batch_size, group)
     if config.print_sharding_plan and world.is_main:
-        logger.info("sharding plan:\n%s", plan)
-    start = {name: value.clone() for name, value in model.state_dict().items()}
-    sharded = DistributedModelParallel(
+        logger.info("sharding plan of %d ranks:\n%s", world.size, plan_table(plan, collection_of(model)))
+    return DistributedModelParallel(
         model, env=ShardingEnv.from_process_group(group), device=world.device, plan=plan, sharders=sharders
     )
-    sharded.load_state_dict(start)
-    return sharded
 
 
 def build_optimizer(model: DistributedModelParallel, config: TrainConfig) -> CombinedOptimizer:
-    """The fused optimizer of the embeddings and one for all that is not updated inside the backward pass.
-
-    The latter holds the dense layers, and the tables that the planner made data-parallel: those ignore the optimizer
-    that was attached to them.
-    """
+    """The optimizers that run inside the backward pass, of all tables, data-parallel ones included; and the dense layers'."""
     outside = dict(in_backward_optimizer_filter(model.named_parameters()))
     dense = KeyedOptimizerWrapper(outside, lambda parameters: _dense_optimizer(parameters, config))
     return CombinedOptimizer([("fused", model.fused_optimizer), ("dense", dense)])

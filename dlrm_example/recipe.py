@@ -7,7 +7,13 @@ from typing import Any
 
 from dlrm_example.config import TrainConfig, default_compression
 
-SETTINGS: dict[str, Any] = {"adagrad": True, "learning_rate": 0.05, "epochs": 6, "recluster_count": 4}
+SETTINGS: dict[str, Any] = {
+    "adagrad": True,
+    "learning_rate": 0.05,
+    "epochs": 6,
+    "recluster_count": 4,
+    "checkpoint_every_epochs": 0,
+}
 
 
 def movielens_config(method: str, run_dir: str, **changes: Any) -> TrainConfig:

@@ -1,8 +1,12 @@
-"""The files of a run: `config.json`, `metrics.jsonl` and, once it is finished, `summary.json`."""
+"""The files of a run: `config.json`, `metrics.jsonl` and, once it is finished, `summary.json`.
+
+Its checkpoints lie beside them (`checkpoints.py`).
+"""
 
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +18,8 @@ from dlrm_example.config import TrainConfig, UsageError
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+TRAINER = "trainer.json"  # in each checkpoint's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +57,11 @@ class RunFiles:
         self._is_main = is_main
 
     def start(self, config: TrainConfig, versions: dict[str, str]) -> None:
-        """Empty the folder of an earlier run's files and write the config.
+        """Empty the folder of an earlier run's files, checkpoints included, and write the config.
 
         Raises:
-            UsageError: a finished run is there and `--overwrite` is not given, or the folder cannot be made.
+            UsageError: the folder cannot be made.
         """
-        check_free(self.folder, config.overwrite)
         if not self._is_main:
             return
         try:
@@ -64,8 +69,39 @@ class RunFiles:
         except OSError as error:
             raise UsageError(f"--run_dir {self.folder}: {error}") from None
         (self.folder / SUMMARY).unlink(missing_ok=True)
+        if (self.folder / CHECKPOINTS).exists():
+            shutil.rmtree(self.folder / CHECKPOINTS)
         (self.folder / METRICS).write_text("")
+        self._write_config(config, versions)
+
+    def go_on(self, config: TrainConfig, versions: dict[str, str], metrics_bytes: int) -> None:
+        """Forget the metrics that were logged after a checkpoint.
+
+        Raises:
+            UsageError: there are fewer than at the checkpoint.
+        """
+        if not self._is_main:
+            return
+        metrics = self.folder / METRICS
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size < metrics_bytes:
+            raise UsageError(
+                f"--resume: {metrics} has {size} bytes, and had {metrics_bytes} when the checkpoint was saved"
+            )
+        os.truncate(metrics, metrics_bytes)
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        self._write_config(config, versions)
+
+    def _write_config(self, config: TrainConfig, versions: dict[str, str]) -> None:
         write_json(self.folder / CONFIG, {**dataclasses.asdict(config), "versions": versions})
+
+    def metrics_bytes(self) -> int:
+        """How long the metrics are, once they are safe on disk; 0 on other ranks than the first."""
+        if not self._is_main:
+            return 0
+        with open(self.folder / METRICS, "rb+") as file:
+            os.fsync(file.fileno())
+            return file.seek(0, os.SEEK_END)
 
     def log(self, **row: Any) -> None:
         """Append one line to the metrics; on disk before the call returns, whatever happens next."""
@@ -79,8 +115,13 @@ class RunFiles:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    if (folder / SUMMARY).exists() and not overwrite:
+    """Raise a `UsageError` where a run would be lost without `--overwrite`."""
+    if overwrite:
+        return
+    if (folder / SUMMARY).exists():
         raise UsageError(f"--run_dir {folder} holds a finished run: give --overwrite, or another folder")
+    if any((folder / CHECKPOINTS).glob(f"*/{TRAINER}")):
+        raise UsageError(f"--run_dir {folder} holds checkpoints: give --resume to go on, or --overwrite to start again")
 
 
 @contextmanager
@@ -95,8 +136,15 @@ def replace_atomically(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    with replace_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+    with replace_atomically(path) as temporary, open(temporary, "w") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def read_summary(folder: Path) -> Summary:

@@ -9,19 +9,23 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
 
 from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, ReclusterSchedule
 from cce_torchrec.memory import MemoryReport
 from dlrm_example.budget import plan_tables
+from dlrm_example.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from dlrm_example.cli import parse_config
 from dlrm_example.config import TrainConfig, UsageError
 from dlrm_example.console import is_main_process, set_up_logging
 from dlrm_example.data import DATASETS, Dataset, DataUnavailableError
-from dlrm_example.distributed import World, main_rank_first, process_group
+from dlrm_example.distributed import World, main_rank_first, on_main_rank, process_group
 from dlrm_example.model import build_model, build_optimizer, collection_of, shard_model
-from dlrm_example.records import RunFiles, Summary
+from dlrm_example.progress import Progress
+from dlrm_example.records import RunFiles, Summary, check_free
 from dlrm_example.report import summary_table
-from dlrm_example.trainer import Loaders, Progress, Trainer, TrainingDivergedError
+from dlrm_example.trainer import Loaders, Trainer, TrainingDivergedError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         summary = train(parse_config(argv))
     except (UsageError, DataUnavailableError, TrainingDivergedError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if is_main_process() or isinstance(error, DataUnavailableError):  # the others are the same on every rank
+            print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     if is_main_process():
         print(summary_table([summary]))
@@ -41,12 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: TrainConfig) -> Summary:
     """One run from data to summary; what it prints and writes, rank 0 prints and writes."""
-    with process_group() as world:
+    with process_group(config.collective_timeout) as world:
         set_up_process(config)
         dataset = load_dataset(config, world)
         tables = plan_tables(dataset.info, config)
         files = RunFiles(config.run_dir, world.is_main)
-        files.start(config, versions())
+        checkpoint = on_main_rank(world, lambda: start_files(files, config, world))
 
         model = build_model(tables, dataset.info, config)
         memory = collection_of(model).memory_report()
@@ -56,7 +61,8 @@ def train(config: TrainConfig) -> Summary:
         schedule = make_schedule(tables, len(loaders.train) * config.epochs, config)
 
         logger.info("embedding tables:\n%s", memory)
-        progress = Trainer(sharded_model, optimizer, loaders, schedule, files, config, world).fit()
+        progress = start_progress(checkpoint, sharded_model, optimizer, config, world)
+        Trainer(sharded_model, optimizer, loaders, schedule, files, config, world).fit(progress)
         summary = summarise(progress, memory, config, world)
         files.finish(summary)
         return summary
@@ -72,6 +78,34 @@ def load_dataset(config: TrainConfig, world: World) -> Dataset:
     """The data set, fetched by rank 0 where it is not cached."""
     with main_rank_first(world):
         return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last)
+
+
+def start_files(files: RunFiles, config: TrainConfig, world: World) -> Checkpoint | None:
+    """Prepare the run's folder, for a new run or to go on from the checkpoint that is returned.
+
+    Raises:
+        UsageError: another run is there.
+    """
+    checkpoint = find_checkpoint(config, world.size) if config.resume else None
+    if checkpoint is None:
+        if config.resume:
+            logger.info("--resume: no complete checkpoint in %s, so the run starts afresh", config.run_dir)
+        check_free(files.folder, config.overwrite)
+        files.start(config, versions())
+    else:
+        files.go_on(config, versions(), checkpoint.metrics_bytes)
+    return checkpoint
+
+
+def start_progress(
+    checkpoint: Checkpoint | None,
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    config: TrainConfig,
+    world: World,
+) -> Progress:
+    """Where training starts: at the beginning, or at the checkpoint, which is loaded."""
+    return Checkpoints(config, world).load(checkpoint, model, optimizer) if checkpoint else Progress()
 
 
 def make_loaders(dataset: Dataset, config: TrainConfig, world: World) -> Loaders:

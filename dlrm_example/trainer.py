@@ -1,11 +1,11 @@
-"""The training loop: steps through TorchRec's pipeline, re-clusterings by schedule, evaluations."""
+"""The training loop: steps through TorchRec's pipeline, re-clusterings by schedule, evaluations, checkpoints."""
 
 import logging
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torchrec.datasets.utils import Batch
@@ -14,11 +14,13 @@ from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
 from cce_torchrec import ReclusterSchedule
+from dlrm_example.checkpoints import Checkpoints
 from dlrm_example.config import TrainConfig
 from dlrm_example.console import progress_bar
 from dlrm_example.data import BatchLoader
-from dlrm_example.distributed import World
+from dlrm_example.distributed import World, mean_over_ranks
 from dlrm_example.metrics import Scores, evaluate
+from dlrm_example.progress import Evaluation, Progress
 from dlrm_example.records import RunFiles
 
 logger = logging.getLogger(__name__)
@@ -35,34 +37,6 @@ class Loaders:
     train: BatchLoader
     val: BatchLoader
     test: BatchLoader
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """Scores at one point of training; `test` only where validation was better than ever before."""
-
-    step: int
-    epoch: int
-    val: Scores
-    test: Scores | None
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """What has happened so far."""
-
-    step: int = 0
-    epoch: int = 0
-    train_seconds: float = 0.0
-    recluster_seconds: float = 0.0
-    reclusterings: int = 0
-    evaluations: list[Evaluation] = field(default_factory=list)
-    losses_since_evaluation: list[float] = field(default_factory=list)
-
-    @property
-    def best(self) -> Evaluation | None:
-        """The evaluation with the lowest validation BCE."""
-        return min(self.evaluations, key=lambda evaluation: evaluation.val.bce, default=None)
 
 
 class Trainer:
@@ -82,21 +56,27 @@ class Trainer:
         self._files, self._config, self._world = files, config, world
         self._show_progress = config.print_progress and world.is_main
         self._pipeline = TrainPipelineSparseDist(model, optimizer, world.device, execute_all_batches=True)
-        self._progress = Progress()
+        self._checkpoints = Checkpoints(config, world)
 
-    def fit(self) -> Progress:
-        """Train for all epochs.
+    def fit(self, progress: Progress) -> Progress:
+        """Train for all epochs that are left.
+
+        Args:
+            progress: how far model and optimizer are; goes on from there.
 
         Raises:
             TrainingDivergedError: the loss became infinite or NaN.
         """
+        self._progress = progress
         self._model.train()
-        for epoch in range(1, self._config.epochs + 1):
+        for epoch in range(progress.epoch + 1, self._config.epochs + 1):
             self._progress.epoch = epoch
             self._train_epoch(self._loaders.train.epoch(epoch))
             if self._progress.losses_since_evaluation:
                 self._evaluate()
-        return self._progress
+            if self._checkpoints.is_due(epoch):
+                self._checkpoints.save(self._model, self._optimizer, progress, self._files.metrics_bytes())
+        return progress
 
     def _train_epoch(self, batches: Iterator[Batch]) -> None:
         every, num_steps = self._config.validation_freq_within_epoch, len(self._loaders.train)
@@ -116,7 +96,8 @@ class Trainer:
         self._progress.losses_since_evaluation.append(self._finite(loss))
 
     def _finite(self, loss: torch.Tensor) -> float:
-        value = loss.item()
+        """The mean over the global batch, of which every rank has an equal share; all ranks raise or none does."""
+        value = mean_over_ranks(loss, self._world)
         if not math.isfinite(value):
             where = f"step {self._progress.step} (epoch {self._progress.epoch})"
             raise TrainingDivergedError(f"the training loss is {value} at {where}; try a smaller --learning_rate")

@@ -22,6 +22,7 @@ SMALL = {
     "dense_arch_layer_sizes": (8,),
     "over_arch_layer_sizes": (8, 1),
     "seed": 5,
+    "checkpoint_every_epochs": 0,
 }
 
 

@@ -1,0 +1,144 @@
+"""Checkpoints of a run, in `run_dir/checkpoints/step_N`, and which of them to go on from.
+
+A folder holds what `cce_torchrec.checkpoint` writes and `trainer.json`: how far the training was, and of what config. That
+file is written last, and atomically, so a checkpoint counts only if it has one. Nothing else needs to be kept: the order
+of the data is a function of the seed and the epoch, a re-clustering of the seed and the step, and checkpoints are taken
+between epochs, when no batch is in flight.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from dlrm_example.config import TrainConfig, UsageError
+from dlrm_example.distributed import World, on_main_rank
+from dlrm_example.progress import Progress
+from dlrm_example.records import CHECKPOINTS, TRAINER, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+KEEP_LAST = 2
+MAY_DIFFER = (  # in the run that goes on; `batch_size` is compared as rows a step over all ranks
+    *("run_dir", "data_path", "test_batch_size", "batch_size", "num_threads", "checkpoint_every_epochs", "resume"),
+    *("overwrite", "print_sharding_plan", "print_progress", "collective_timeout"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A complete checkpoint: where it is, and what its `trainer.json` says."""
+
+    path: Path
+    settings: Mapping[str, Any]
+    progress: Mapping[str, Any]
+    metrics_bytes: int
+
+    @property
+    def step(self) -> int:
+        return int(self.progress["step"])
+
+    @property
+    def val_bce(self) -> float:
+        """At the time of the checkpoint."""
+        return float(self.progress["evaluations"][-1]["val"]["bce"])
+
+
+class Checkpoints:
+    """Saves and loads; every method is collective, and rank 0 alone touches folders and `trainer.json`."""
+
+    def __init__(self, config: TrainConfig, world: World) -> None:
+        self._folder = Path(config.run_dir) / CHECKPOINTS
+        self._config, self._world = config, world
+
+    def is_due(self, epoch: int) -> bool:
+        """After every so many epochs, and after the last."""
+        every = self._config.checkpoint_every_epochs
+        return every > 0 and (epoch % every == 0 or epoch == self._config.epochs)
+
+    def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress, metrics_bytes: int) -> None:
+        """Add a checkpoint; then remove all but the last two and the best."""
+        path = self._folder / f"step_{progress.step}"
+        on_main_rank(self._world, lambda: _remove(path))
+        save_checkpoint(path, model, optimizer)
+        content = {
+            "settings": settings_that_matter(self._config, self._world.size),
+            "progress": progress.to_json(),
+            "metrics_bytes": metrics_bytes,
+        }
+        on_main_rank(self._world, lambda: self._complete(path, content))
+
+    def _complete(self, path: Path, content: dict[str, Any]) -> None:
+        write_json(path / TRAINER, content)
+        remove_all_but_the_last_and_best(self._folder)
+
+    def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> Progress:
+        """Put model and optimizer in the state of the checkpoint.
+
+        Raises:
+            UsageError: on every rank, with nothing changed, where it does not fit.
+        """
+        try:
+            load_checkpoint(checkpoint.path, model, optimizer)
+        except ValueError as error:
+            raise UsageError(f"--resume: {checkpoint.path}: {error}") from error
+        progress = Progress.from_json(dict(checkpoint.progress))
+        logger.info("resumed from %s (epoch %d of %d)", checkpoint.path, progress.epoch, self._config.epochs)
+        return progress
+
+
+def find_checkpoint(config: TrainConfig, world_size: int) -> Checkpoint | None:
+    """The last complete checkpoint in the run's folder, if there is one.
+
+    Raises:
+        UsageError: it is of another training than the config's; the message lists the differences.
+    """
+    found = complete_checkpoints(Path(config.run_dir) / CHECKPOINTS)
+    if not found:
+        return None
+    differences = _differences(found[-1].settings, settings_that_matter(config, world_size))
+    if differences:
+        raise UsageError(f"--resume: {found[-1].path} was made with other settings: {'; '.join(differences)}")
+    return found[-1]
+
+
+def complete_checkpoints(folder: Path) -> list[Checkpoint]:
+    """By step."""
+    files = [path / TRAINER for path in folder.glob("step_*") if (path / TRAINER).exists()]
+    return sorted((Checkpoint(path=file.parent, **read_json(file)) for file in files), key=lambda found: found.step)
+
+
+def remove_all_but_the_last_and_best(folder: Path) -> None:
+    """Incomplete ones too; the best is the one with the lowest validation BCE."""
+    found = complete_checkpoints(folder)
+    kept = {checkpoint.path for checkpoint in [*found[-KEEP_LAST:], min(found, key=lambda each: each.val_bce)]}
+    for path in folder.glob("step_*"):
+        if path not in kept:
+            _remove(path)
+
+
+def settings_that_matter(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Whatever decides what a training does, in terms that do not depend on the number of ranks; as JSON has it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER}
+    settings["rows a step (batch_size x ranks)"] = config.batch_size * world_size
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    names = sorted(saved.keys() | here.keys())
+    return [
+        f"{name} was {saved.get(name)} and is {here.get(name)}" for name in names if saved.get(name) != here.get(name)
+    ]
+
+
+def _remove(path: Path) -> None:
+    """What makes it complete goes first: a half-removed checkpoint must not count."""
+    (path / TRAINER).unlink(missing_ok=True)
+    if path.exists():
+        shutil.rmtree(path)

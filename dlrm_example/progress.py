@@ -1,0 +1,48 @@
+"""How far a training has come: what a checkpoint keeps beside the model, and what a summary is made from."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from dlrm_example.metrics import Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores at one point of training; `test` only where validation was better than ever before."""
+
+    step: int
+    epoch: int
+    val: Scores
+    test: Scores | None
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What has happened so far."""
+
+    step: int = 0
+    epoch: int = 0
+    train_seconds: float = 0.0
+    recluster_seconds: float = 0.0
+    reclusterings: int = 0
+    evaluations: list[Evaluation] = field(default_factory=list)
+    losses_since_evaluation: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> Evaluation | None:
+        """The evaluation with the lowest validation BCE."""
+        return min(self.evaluations, key=lambda evaluation: evaluation.val.bce, default=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """What JSON can hold, exactly."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Self:
+        evaluations = [
+            Evaluation(
+                **{**each, "val": Scores(**each["val"]), "test": Scores(**each["test"]) if each["test"] else None}
+            )
+            for each in content["evaluations"]
+        ]
+        return cls(**{**content, "evaluations": evaluations})
