@@ -17,7 +17,9 @@ from torch import Tensor
 
 from cce_torchrec.recluster import kmeans as module
 from cce_torchrec.recluster.collectives import LocalCollectives
-from cce_torchrec.recluster.kmeans import assign_nearest, kmeans
+from cce_torchrec.recluster.kmeans import kmeans
+from cce_torchrec.recluster.nearest import assign_nearest
+from cce_torchrec.recluster.seeding import Share, seed_centroids
 
 
 def cce_column(N: int, K: int, D: int, seed: int) -> Tensor:
@@ -74,9 +76,9 @@ def main() -> None:
     torch.set_num_threads(1)
     N, K = args.points, args.centroids
     points_ND = cce_column(N, K, args.dim, seed=0)
-    share = module._Share(points_ND=points_ND, ids_N=torch.arange(N), weights_N=torch.ones(N, dtype=torch.float64))
+    share = Share(points_ND=points_ND, ids_N=torch.arange(N), weights_N=torch.ones(N, dtype=torch.float64))
     ranks = LocalCollectives()
-    centroids_KD = module._seed_centroids(share, K, 0, ranks)
+    centroids_KD = seed_centroids(share, K, 0, ranks)
     nearest_N, _ = assign_nearest(points_ND, centroids_KD)
     moved_N = torch.where(torch.arange(N) % 20 == 0, (nearest_N + 1) % K, nearest_N)
     times = least_times(
@@ -87,7 +89,7 @@ def main() -> None:
             "assign_nearest": lambda: assign_nearest(points_ND, centroids_KD),
             "first iteration": lambda: module._reduced_statistics(share, centroids_KD, None, ranks, None),
             "iteration in which 5% move": lambda: module._reduced_statistics(share, centroids_KD, moved_N, ranks, None),
-            "seeding": lambda: module._seed_centroids(share, K, 0, ranks),
+            "seeding": lambda: seed_centroids(share, K, 0, ranks),
             "a fit of 25 iterations": lambda: kmeans(
                 points_ND, K, seed=0, point_ids_N=share.ids_N, num_iterations=25, tolerance=0.0
             ),

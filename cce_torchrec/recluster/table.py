@@ -20,7 +20,8 @@ from cce_torchrec.hashing import derive_seed, hash_rows, mix64
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
-from cce_torchrec.recluster.kmeans import assign_nearest, kmeans
+from cce_torchrec.recluster.kmeans import kmeans
+from cce_torchrec.recluster.nearest import assign_nearest
 
 _MOVED_SAMPLE = 65_536
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cce_torchrec.recluster import kmeans as module
+from cce_torchrec.recluster import kmeans as fitting
+from cce_torchrec.recluster import seeding
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives, ProcessGroupCollectives
 from cce_torchrec.recluster.kmeans import KMeansResult, kmeans
 from tests.distributed.harness import RankPool
@@ -58,6 +59,7 @@ def test_any_number_of_ranks_finds_what_one_finds(pool: RankPool, share: Any) ->
 
 
 def fails_on_rank_1(rank: int, world_size: int, where: str) -> str:
+    module = seeding if hasattr(seeding, where) else fitting
     failure = mock.patch.object(module, where, side_effect=MemoryError("out of luck"))
     with failure if rank == 1 else nullcontext(), pytest.raises(RuntimeError) as caught:
         even_share(rank, world_size)

@@ -11,9 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cce_torchrec.recluster import kmeans as module
+from cce_torchrec.recluster import kmeans as fitting
+from cce_torchrec.recluster import seeding
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
-from cce_torchrec.recluster.kmeans import KMeansResult, assign_nearest, kmeans
+from cce_torchrec.recluster.kmeans import KMeansResult, kmeans
+from cce_torchrec.recluster.nearest import Search, assign_nearest
+from cce_torchrec.recluster.seeding import Share, draw
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -187,7 +190,7 @@ def test_a_guess_changes_nothing(share_right: float) -> None:
     random = torch.Generator().manual_seed(3)
     wrong = torch.randint(len(centroids), (len(points),), generator=random)
     guess = torch.where(torch.rand(len(points), generator=random) < share_right, expected, wrong)
-    observed, _ = module._Search(centroids, len(points), 64).nearest(points, guess)
+    observed, _ = Search(centroids, len(points), 64).nearest(points, guess)
     assert torch.equal(observed, expected)
 
 
@@ -338,7 +341,7 @@ def test_a_draw_follows_the_sequential_law() -> None:
     """The frequencies of (first, second) draws are w d^2 / sum, with d^2 updated in between."""
     points = torch.tensor([[0.0], [1.0], [1.2], [3.0]])
     weights = torch.tensor([1.0, 2.0, 1.0, 0.5], dtype=torch.float64)
-    share = module._Share(points_ND=points, ids_N=torch.arange(4), weights_N=weights)
+    share = Share(points_ND=points, ids_N=torch.arange(4), weights_N=weights)
     cost = points[:, 0].double() ** 2
     expected: dict[tuple[float, ...], float] = {}
     for first in (1, 2, 3):
@@ -348,7 +351,7 @@ def test_a_draw_follows_the_sequential_law() -> None:
             expected[float(points[first]), float(points[second])] = float(chance)
     num_draws = 4000
     observed = Counter(
-        tuple(module._draw(share, cost, points[:1], 2, (seed, "test"), LocalCollectives()).flatten().tolist())
+        tuple(draw(share, cost, points[:1], 2, (seed, "test"), LocalCollectives()).flatten().tolist())
         for seed in range(num_draws)
     )
     assert set(observed) <= set(expected)
@@ -360,11 +363,11 @@ def test_a_draw_follows_the_sequential_law() -> None:
 def test_a_draw_sees_exact_costs_through_the_rounding_of_those_it_is_given() -> None:
     points, centroids = normal(1000, 4), normal(20, 4, seed=1)
     weights = torch.ones(1000, dtype=torch.float64)
-    share = module._Share(points_ND=points, ids_N=torch.arange(1000), weights_N=weights)
+    share = Share(points_ND=points, ids_N=torch.arange(1000), weights_N=weights)
     costs = brute_force(points, centroids)[1]
     for seed in range(20):
         rounded = costs * (1 + 1e-3 * normal(1000, seed=seed).double())
-        exact, noisy = (module._draw(share, c, centroids, 30, (seed,), LocalCollectives()) for c in (costs, rounded))
+        exact, noisy = (draw(share, c, centroids, 30, (seed,), LocalCollectives()) for c in (costs, rounded))
         assert torch.equal(exact, noisy)
 
 
@@ -505,6 +508,7 @@ def test_bad_arguments_on_one_rank_stop_all() -> None:
 
 @pytest.mark.parametrize("where", ["_local_statistics", "_local_candidates", "_costs_by_scores", "_check_arguments"])
 def test_a_rank_that_fails_midway_stops_all(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    module = seeding if hasattr(seeding, where) else fitting
     original = getattr(module, where)
     broken = threading.local()
 

@@ -1,0 +1,134 @@
+"""Drawing points with probability proportional to w |x - nearest centroid|^2: how centroids start and are refilled.
+
+Draws are exponential races: the point with the smallest E / (w d^2) wins, where E ~ Exp(1) is a hash of (seed, round, point
+id), so that the winners do not depend on which rank holds which point.
+
+Legend: N local points, D dimensions, K centroids, M candidates, F freshly chosen centroids.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce_torchrec.hashing import derive_seed, mix64
+from cce_torchrec.recluster.collectives import Collectives
+from cce_torchrec.recluster.nearest import CPU_BLOCK_ELEMENTS, default_block, slices, squared_distances, true_float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """This rank's points."""
+
+    points_ND: Tensor
+    ids_N: Tensor
+    weights_N: Tensor  # float64
+
+
+def seed_centroids(share: Share, K: int, seed: int, ranks: Collectives) -> Tensor:
+    """k-means++ in rounds: each draws as many centroids as there are, by :func:`draw`, from one set of distances."""
+    points_ND = share.points_ND
+    chosen_FD = points_ND[:0]
+    costs_N = torch.ones_like(share.weights_N)
+    exact = False
+    for round_ in range(2 * K):
+        wanted = min(K - len(chosen_FD), len(chosen_FD) + 1)
+        found_FD = draw(share, costs_N, chosen_FD, wanted, (seed, "seeding", round_), ranks)
+        if len(found_FD):
+            chosen_FD = torch.cat([chosen_FD, found_FD])
+            if len(chosen_FD) == K:
+                break
+            new_costs_N = _costs_by_differences if exact else _costs_by_scores
+            with ranks.guard():
+                new_N = new_costs_N(points_ND, found_FD)
+                costs_N = new_N if round_ == 0 else torch.minimum(costs_N, new_N)
+        elif not exact:  # what is left lies within rounding of a centroid: see it in float64
+            exact = True
+            with ranks.guard():
+                costs_N = _costs_by_differences(points_ND, chosen_FD)
+        else:
+            break
+    repeats = torch.arange(K, device=points_ND.device) % len(chosen_FD)
+    return chosen_FD[repeats]
+
+
+def _costs_by_scores(points_ND: Tensor, centroids_FD: Tensor) -> Tensor:
+    """min_f |x - c_f|^2 up to the rounding of a matrix product, float64 [N]."""
+    F = len(centroids_FD)
+    origin_D = centroids_FD.double().mean(dim=0).to(centroids_FD.dtype)
+    centred_DF = (centroids_FD - origin_D).T.contiguous()
+    norms_F = centred_DF.square().sum(dim=0)
+    costs_N = torch.empty(len(points_ND), dtype=torch.float64, device=points_ND.device)
+    block = default_block(F, points_ND.device)
+    with true_float32(points_ND.device):
+        for at in slices(len(points_ND), block):
+            centred_BD = points_ND[at] - origin_D
+            scores_B = torch.addmm(norms_F, centred_BD, centred_DF, alpha=-2).amin(dim=1)
+            costs_N[at] = scores_B.add_(centred_BD.square_().sum(dim=1)).clamp_(min=0)
+    return costs_N
+
+
+def _costs_by_differences(points_ND: Tensor, centroids_FD: Tensor) -> Tensor:
+    """min_f |x - c_f|^2, exact and slow, float64 [N]; 1 where there are no centroids."""
+    if len(centroids_FD) == 0 or len(points_ND) == 0:
+        return torch.ones(len(points_ND), dtype=torch.float64, device=points_ND.device)
+    chunks = points_ND.split(max(1, CPU_BLOCK_ELEMENTS // len(centroids_FD)))
+    return torch.cat([squared_distances(chunk, centroids_FD).amin(dim=1) for chunk in chunks])
+
+
+def draw(
+    share: Share, costs_N: Tensor, centroids_KD: Tensor, wanted: int, key: tuple[object, ...], ranks: Collectives
+) -> Tensor:
+    """Up to ``wanted`` points of any rank, as sequential draws proportional to w * cost would pick them: [F, D].
+
+    An exponential race: point n arrives at time E_n / (w_n cost_n), where E_n ~ Exp(1) is hashed from its id, and the
+    first to arrive is picked. When a pick lowers the cost of another point, what is left of that one's wait grows by
+    the same factor. Waits never shrink, so the picks are final up to the first arrival that was not gathered.
+    """
+    num_candidates = 2 * wanted + 16
+    with ranks.guard():
+        local = _local_candidates(share, costs_N, centroids_KD, num_candidates, key)
+    words = ranks.all_gather_rows(local).cpu()
+    ids_M = words[:, 0].contiguous()
+    times_M, costs_M = words[:, 1:3].T.contiguous().view(torch.float64)
+    points_MD = words[:, 3:].contiguous().view(torch.float64)
+    by_id = ids_M.argsort()
+    order = by_id[times_M[by_id].argsort(stable=True)][:num_candidates]
+    times_M, costs_M, points_MD = times_M[order], costs_M[order], points_MD[order]
+    horizon = float(times_M[-1]) if len(order) == num_candidates else math.inf
+    picked: list[int] = []
+    while len(order) and len(picked) < wanted:
+        pick = int(times_M.argmin())
+        now = float(times_M[pick])
+        if now > horizon or now == math.inf:
+            break
+        picked.append(pick)
+        lower_M = torch.minimum(costs_M, squared_distances(points_MD[pick, None], points_MD)[0])
+        times_M = torch.where(lower_M > 0, now + (times_M - now) * (costs_M / lower_M), torch.inf)
+        costs_M = lower_M
+    return points_MD[picked].to(share.points_ND)
+
+
+def _local_candidates(
+    share: Share, costs_N: Tensor, centroids_KD: Tensor, count: int, key: tuple[object, ...]
+) -> Tensor:
+    """This rank's first ``count`` of the race as int64 words [M, 3 + D]: id, then the bits of key, cost and point.
+
+    A few more than ``count`` are taken by the given costs, then ranked by exact ones, which no split can change.
+    """
+    race_N = _uniform(share.ids_N, key).log_().neg_()
+    top = (race_N / (share.weights_N * costs_N)).topk(min(len(race_N), count + 16), largest=False).indices
+    points_MD = share.points_ND[top]
+    costs_M = _costs_by_differences(points_MD, centroids_KD)
+    keys_M = race_N[top] / (share.weights_N[top] * costs_M)
+    first = keys_M.argsort()[:count]
+    first = first[keys_M[first] < torch.inf]
+    columns = torch.cat([keys_M[first, None], costs_M[first, None], points_MD[first].double()], dim=1)
+    return torch.cat([share.ids_N[top[first], None], columns.view(torch.int64)], dim=1)
+
+
+def _uniform(ids_N: Tensor, key: tuple[object, ...]) -> Tensor:
+    """Numbers in (0, 1), float64 [N], that are a function of ``key`` and the id alone."""
+    bits_N = (mix64(ids_N ^ derive_seed("kmeans", *key)) >> 12) & (2**52 - 1)
+    return (bits_N.double() + 0.5) * 2.0**-52
