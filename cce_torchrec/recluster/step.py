@@ -48,7 +48,8 @@ def recluster(
         module: anything that contains compressed collections: a collection, a model, a ``DistributedModelParallel``.
         seed: of the sample, the K-means and the new helper hashes; the same on every rank.
         config: sizes, and what becomes of optimizer state; the defaults where ``None``.
-        process_group: ranks that share the work; a sharded collection's own where ``None``.
+        process_group: ranks that share the work on unsharded collections, which must be replicas of each other; a sharded
+            collection always uses its own.
         optimizer: what trains the tables that no fused kernel trains (data-parallel ones, unsharded ones), so that its
             state of rewritten rows is reset or carried too.
         id_weights: how much each id matters, [num_embeddings] by logical table, such as its frequency; 1 where missing.
@@ -121,7 +122,7 @@ def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping
 
 
 def _collectives(collection: Collection, process_group: Any) -> Collectives:
-    if process_group is None and isinstance(collection, ShardedCompressedEmbeddingBagCollection):
+    if isinstance(collection, ShardedCompressedEmbeddingBagCollection):
         process_group = collection.process_group
     if process_group is None or dist.get_world_size(process_group) == 1:
         return LocalCollectives()

@@ -1,14 +1,19 @@
-"""The same run on two ranks: the same start, every held-out row scored once, one set of files."""
+"""The same run on two ranks: the same start, the same training, every held-out row scored once, one set of files."""
 
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dlrm_example.checkpoints import complete_checkpoints
 from dlrm_example.config import TrainConfig
-from dlrm_example.records import read_metrics
+from dlrm_example.records import read_metrics, read_summary
 from tests.distributed.harness import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -48,3 +53,140 @@ def test_two_ranks_train_and_recluster(small_config: Callable[..., TrainConfig],
     assert first["reclusterings"] == 2
     rows = read_metrics(Path(config.run_dir))
     assert sum(row["event"] == "recluster" for row in rows) == 2, "rows of rank 0 only"
+
+
+@pytest.mark.parametrize("method", ["full", "hashing_trick", "cce"])
+def test_two_ranks_train_like_one_with_twice_the_batch(
+    method: str, small_config: Callable[..., TrainConfig], ranks2: RankPool
+) -> None:
+    """The loss is the mean over the global batch: weights, accumulators and logged losses are those of one rank.
+
+    A batch of 64 rows can be cut evenly; re-clusterings are left out, since they may turn a rounding into another id's row.
+    """
+    settings = {"method": method, "compression": 1.0 if method == "full" else 4.0, "recluster_count": 0}
+    alone, together = small_config("alone", **settings), small_config("together", **settings, batch_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(0, 1, alone)
+    ranks2.run(run, together)
+    scores = [
+        [(row["split"], row["step"], row["bce"]) for row in read_metrics(Path(config.run_dir))]
+        for config in (alone, together)
+    ]
+    assert len(scores[0]) >= 5
+    for one, two in zip(*scores, strict=True):
+        assert two[:2] == one[:2]
+        assert two[2] == pytest.approx(one[2], abs=2e-5), one
+
+
+def test_checkpoints_move_between_numbers_of_ranks(small_config: Callable[..., TrainConfig], ranks2: RankPool) -> None:
+    """An epoch each on 1, 2 and 1 ranks, the same 64 rows a step, against 3 epochs on one."""
+    settings = {"method": "cce", "compression": 4.0, "recluster_count": 3, "adagrad": True, "epochs": 3}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = run(0, 1, small_config("alone", **settings))
+        settings["checkpoint_every_epochs"] = 1
+        config = small_config("moving", **settings)
+        run(0, 1, config)
+        only_until(config, 6)
+        together = ranks2.run(run, small_config("moving", **settings, batch_size=32, resume=True))
+        assert together[0]["world_size"] == 2
+        only_until(config, 12)
+        moved = run(0, 1, small_config("moving", **settings, resume=True))
+    assert (moved["steps"], moved["reclusterings"], moved["world_size"]) == (18, 3, 1)
+    rows = read_metrics(Path(config.run_dir))
+    assert [row["step"] for row in rows if row.get("split") == "val"] == [6, 12, 18]
+    for name in ("best_val_bce", "best_val_auroc", "test_bce", "test_auroc"):
+        assert moved[name] == pytest.approx(alone[name], abs=5e-3), name
+
+
+def only_until(config: TrainConfig, step: int) -> None:
+    """Make later checkpoints incomplete, as if the run had been stopped."""
+    for found in complete_checkpoints(Path(config.run_dir) / "checkpoints"):
+        if found.step > step:
+            (found.path / "trainer.json").unlink()
+
+
+def error_of(rank: int, world_size: int, config: TrainConfig) -> str:
+    try:
+        run(rank, world_size, config)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    except RuntimeError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_what_fails_on_one_rank_fails_on_both(small_config: Callable[..., TrainConfig], ranks2: RankPool) -> None:
+    """What rank 0 finds in the folder, and a loss that is not finite: no rank waits for another."""
+    config = small_config(checkpoint_every_epochs=1, epochs=1)
+    assert "no error" in ranks2.run(error_of, config)
+    errors = ranks2.run(error_of, config)
+    assert errors[0] == errors[1]
+    assert "UsageError" in errors[0]
+    errors = ranks2.run(error_of, dataclasses.replace(config, resume=True, batch_size=32))
+    assert errors[0] == errors[1]
+    assert "rows a step (batch_size x ranks) was 128 and is 64" in errors[0]
+    errors = ranks2.run(error_of, small_config("diverges", learning_rate=1e30))
+    assert errors[0] == errors[1]
+    assert "TrainingDivergedError: the training loss is" in errors[0]
+
+
+JOIN_AND = """
+import sys, time, torch.distributed as dist
+from dlrm_example.distributed import process_group
+with process_group(timeout=float(sys.argv[1])) as world:
+    dist.barrier()
+    if world.rank == 1:
+        exec(sys.argv[2])
+    dist.barrier()
+"""
+
+
+@pytest.mark.parametrize(
+    ("timeout", "rank_1"), [("60", "raise ValueError('rank 1 fails')"), ("2", "time.sleep(6)")], ids=["raises", "hangs"]
+)
+def test_no_rank_waits_for_one_that_fails_or_hangs(timeout: str, rank_1: str) -> None:
+    """Rank 0 is in a collective that rank 1 never joins; nobody stops rank 0 but its own process group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", JOIN_AND, timeout, rank_1],
+            env={**os.environ, **variables, "RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        errors = [process.communicate(timeout=45)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert ranks[0].returncode == 1, errors
+    assert "Error" in errors[0], errors
+
+
+@pytest.mark.slow
+def test_torchrun_shows_what_one_rank_would(tmp_path: Path, data_path: str) -> None:
+    """One plan, one table, no warnings; then a second start that resumes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    flags = f"--method cce --run_dir {tmp_path} --data_path {data_path} --limit_train_batches 2 --epochs 1"
+    flags += " --batch_size 64 --recluster_count 1 --limit_val_batches 1 --limit_test_batches 1 --adagrad --print_sharding_plan"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for resume in ([], ["--resume"]):
+        command = [*torchrun, "-m", "dlrm_example.train", *flags.split(), *resume]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        shown = done.stdout + done.stderr
+        assert "Warning" not in shown, shown
+        for part in ("sharding plan of 2 ranks", "t_user:0 .. t_user:7", "best val BCE", "embedding tables"):
+            assert shown.count(part) == 1, (part, shown)
+        assert shown.count("resumed from") == len(resume)
+        assert shown.count("Re-clustered after step 1") == 1 - len(resume)
+        assert read_summary(tmp_path).world_size == 2
