@@ -17,7 +17,7 @@ from dlrm_example.records import Summary
 from dlrm_example.report import summary_table
 from dlrm_example.train import train
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dlrm_example.quickstart")  # under `python -m`, __name__ is "__main__"
 
 METHODS = ("full", "hashing_trick", "cce")
 EVALUATE_EVERY = 35  # steps, of 70 an epoch

@@ -27,7 +27,7 @@ from dlrm_example.records import RunFiles, Summary, check_free
 from dlrm_example.report import summary_table
 from dlrm_example.trainer import Loaders, Trainer, TrainingDivergedError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dlrm_example.train")  # under `python -m`, __name__ is "__main__", which is not shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:

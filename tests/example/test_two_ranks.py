@@ -6,14 +6,16 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from torchrec.datasets.utils import Batch
 
-from dlrm_example.checkpoints import complete_checkpoints
 from dlrm_example.config import TrainConfig
 from dlrm_example.records import read_metrics, read_summary
+from dlrm_example.trainer import Trainer
 from tests.distributed.harness import RankPool
 
 pytestmark = pytest.mark.distributed
@@ -79,6 +81,23 @@ def test_two_ranks_train_like_one_with_twice_the_batch(
         assert two[2] == pytest.approx(one[2], abs=2e-5), one
 
 
+class StoppedError(Exception):
+    """The run is stopped from outside."""
+
+
+def run_until(rank: int, world_size: int, config: TrainConfig, last_epoch: int) -> None:
+    """Stop the run in the middle of the epoch after the last one."""
+    train_step = Trainer._train_step
+
+    def step(trainer: Trainer, batches: Iterator[Batch]) -> None:
+        train_step(trainer, batches)
+        if trainer._progress.epoch > last_epoch:
+            raise StoppedError
+
+    with mock.patch.object(Trainer, "_train_step", step), pytest.raises(StoppedError):
+        run(rank, world_size, config)
+
+
 def test_checkpoints_move_between_numbers_of_ranks(small_config: Callable[..., TrainConfig], ranks2: RankPool) -> None:
     """An epoch each on 1, 2 and 1 ranks, the same 64 rows a step, against 3 epochs on one."""
     settings = {"method": "cce", "compression": 4.0, "recluster_count": 3, "adagrad": True, "epochs": 3}
@@ -87,24 +106,14 @@ def test_checkpoints_move_between_numbers_of_ranks(small_config: Callable[..., T
         alone = run(0, 1, small_config("alone", **settings))
         settings["checkpoint_every_epochs"] = 1
         config = small_config("moving", **settings)
-        run(0, 1, config)
-        only_until(config, 6)
-        together = ranks2.run(run, small_config("moving", **settings, batch_size=32, resume=True))
-        assert together[0]["world_size"] == 2
-        only_until(config, 12)
-        moved = run(0, 1, small_config("moving", **settings, resume=True))
+        run_until(0, 1, config, 1)
+        ranks2.run(run_until, dataclasses.replace(config, batch_size=32, resume=True), 2)
+        moved = run(0, 1, dataclasses.replace(config, resume=True))
     assert (moved["steps"], moved["reclusterings"], moved["world_size"]) == (18, 3, 1)
     rows = read_metrics(Path(config.run_dir))
     assert [row["step"] for row in rows if row.get("split") == "val"] == [6, 12, 18]
     for name in ("best_val_bce", "best_val_auroc", "test_bce", "test_auroc"):
         assert moved[name] == pytest.approx(alone[name], abs=5e-3), name
-
-
-def only_until(config: TrainConfig, step: int) -> None:
-    """Make later checkpoints incomplete, as if the run had been stopped."""
-    for found in complete_checkpoints(Path(config.run_dir) / "checkpoints"):
-        if found.step > step:
-            (found.path / "trainer.json").unlink()
 
 
 def error_of(rank: int, world_size: int, config: TrainConfig) -> str:
@@ -177,7 +186,7 @@ def test_torchrun_shows_what_one_rank_would(tmp_path: Path, data_path: str) -> N
     """One plan, one table, no warnings; then a second start that resumes."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags = f"--method cce --run_dir {tmp_path} --data_path {data_path} --limit_train_batches 2 --epochs 1"
-    flags += " --batch_size 64 --recluster_count 1 --limit_val_batches 1 --limit_test_batches 1 --adagrad --print_sharding_plan"
+    flags += " --batch_size 64 --recluster_count 1 --limit_val_batches 1 --limit_test_batches 1 --print_sharding_plan"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for resume in ([], ["--resume"]):
         command = [*torchrun, "-m", "dlrm_example.train", *flags.split(), *resume]
