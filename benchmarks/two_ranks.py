@@ -1,10 +1,12 @@
-"""Do two ranks train what one rank trains? CCE at 8x on MovieLens-100K, three seeds, the same 1024 rows a step.
+"""Do two ranks train what one rank trains? CCE at 8x on MovieLens-100K, six seeds, the same 1024 rows a step.
 
     python benchmarks/two_ranks.py
 
 Every run is a process of its own, `python -m dlrm_example.train` on one rank and `torchrun --nproc_per_node 2 -m
-dlrm_example.train` on two, with the planner's plan and re-clusterings across ranks. Finished runs in `runs/two_ranks` are
-not run again (`--fresh` forgets them). Writes `docs/results/two_ranks.md` and `.json`.
+dlrm_example.train` on two, with the planner's plan and re-clusterings across ranks. A control says what differences to
+expect: one rank again, on exactly the rows of the two-rank run, those of rank 0 first. That run is mathematically the same as
+two ranks, so what it differs by from the first is left-out rows and the order of float additions. Finished runs in
+`runs/two_ranks` are not run again (`--fresh` forgets them). Writes `docs/results/two_ranks.md` and `.json`.
 """
 
 import argparse
@@ -18,15 +20,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torchrec.datasets.utils import Batch
 
+from dlrm_example.data.memory import InMemoryLoader
 from dlrm_example.recipe import SETTINGS
-from dlrm_example.records import SUMMARY, Summary, read_json, read_summary, write_json
+from dlrm_example.records import Summary, read_json, read_summary, write_json
+from dlrm_example.train import main as train_main
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "two_ranks"
-SEEDS = (1, 2, 3)
+SEEDS = (1, 2, 3, 4, 5, 6)
+ARMS = {"one": "1 rank", "two": "2 ranks", "control": "1 rank, control"}
 GLOBAL_BATCH = 1024
 PROVENANCE = "provenance.json"
 SCORES = {"best_val_bce": "best val BCE", "test_bce": "test BCE"}
@@ -35,12 +42,15 @@ SCORES = {"best_val_bce": "best val BCE", "test_bce": "test BCE"}
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")
-    folder = ROOT / "runs" / NAME
-    if parser.parse_args(argv).fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+    parser.add_argument("--control_run", type=int, metavar="SEED", help="only the control of one seed")
+    arguments = parser.parse_args(argv)
+    if arguments.control_run is not None:
+        return control_run(arguments.control_run)
+    if arguments.fresh:
+        shutil.rmtree(ROOT / "runs" / NAME, ignore_errors=True)
     for seed in SEEDS:
-        for world_size in (1, 2):
-            run_unless_finished(seed, world_size)
+        for arm in ARMS:
+            run_unless_finished(seed, arm)
     content = results()
     target = ROOT / "docs" / "results"
     write_json(target / f"{NAME}.json", content)
@@ -49,75 +59,105 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_dir(seed: int, world_size: int) -> str:
-    return f"runs/{NAME}/{world_size}-{seed}"
+def run_dir(seed: int, arm: str) -> str:
+    return f"runs/{NAME}/{arm}-{seed}"
 
 
-def command(seed: int, world_size: int) -> list[str]:
-    """What a user would type, but for `python` and `torchrun` being this environment's."""
-    launcher = ["python"] if world_size == 1 else ["torchrun", "--nproc_per_node", str(world_size)]
-    flags = ["--method", "cce", "--compression", "8"]
+def flags(seed: int, arm: str) -> list[str]:
+    words = ["--method", "cce", "--compression", "8"]
     for name, value in SETTINGS.items():
-        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    flags += ["--batch_size", str(GLOBAL_BATCH // world_size), "--seed", str(seed)]
-    return [*launcher, "-m", "dlrm_example.train", *flags, "--run_dir", run_dir(seed, world_size)]
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    batch_size = GLOBAL_BATCH // 2 if arm == "two" else GLOBAL_BATCH
+    return [*words, "--batch_size", str(batch_size), "--seed", str(seed), "--run_dir", run_dir(seed, arm)]
 
 
-def run_unless_finished(seed: int, world_size: int) -> None:
-    words = command(seed, world_size)
-    folder = ROOT / run_dir(seed, world_size)
-    if (folder / SUMMARY).exists() and read_json(folder / PROVENANCE)["command"] == " ".join(words):
+def command(seed: int, arm: str) -> list[str]:
+    """What a user would type, but for `python` and `torchrun` being this environment's."""
+    if arm == "control":
+        return ["python", "benchmarks/two_ranks.py", "--control_run", str(seed)]
+    launcher = ["python"] if arm == "one" else ["torchrun", "--nproc_per_node", "2"]
+    return [*launcher, "-m", "dlrm_example.train", *flags(seed, arm)]
+
+
+def control_run(seed: int) -> int:
+    """One rank on the rows of two: an odd one left out of each batch, and each rank's together."""
+    share = InMemoryLoader._share
+
+    def share_of_two(loader: InMemoryLoader, rows: torch.Tensor) -> Batch:
+        if loader.shuffle_seed is None:
+            return share(loader, rows)
+        rows = rows[: len(rows) - len(rows) % 2]
+        return share(loader, torch.cat([rows[0::2], rows[1::2]]))
+
+    with mock.patch.object(InMemoryLoader, "_share", share_of_two):
+        return train_main([*flags(seed, "control"), "--overwrite"])
+
+
+def run_unless_finished(seed: int, arm: str) -> None:
+    words = command(seed, arm)
+    folder = ROOT / run_dir(seed, arm)
+    if (folder / PROVENANCE).exists() and read_json(folder / PROVENANCE)["command"] == " ".join(words):
         return
     source = provenance(words)
     program = str(Path(sys.executable).parent / words[0])
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    subprocess.run([program, *words[1:], "--overwrite"], check=True, cwd=ROOT, env=environment)
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **os.environ}
+    overwrite = [] if arm == "control" else ["--overwrite"]
+    subprocess.run([program, *words[1:], *overwrite], check=True, cwd=ROOT, env=environment)
     write_json(folder / PROVENANCE, source)
 
 
 def results() -> dict[str, Any]:
-    runs = {(size, seed): read_summary(ROOT / run_dir(seed, size)) for size in (1, 2) for seed in SEEDS}
+    runs = {arm: [read_summary(ROOT / run_dir(seed, arm)) for seed in SEEDS] for arm in ARMS}
     return {
-        "provenance": [read_json(ROOT / run_dir(seed, size) / PROVENANCE) for seed in SEEDS for size in (1, 2)],
+        "provenance": [read_json(ROOT / run_dir(seed, arm) / PROVENANCE) for seed in SEEDS for arm in ARMS],
         "global_batch": GLOBAL_BATCH,
         "seeds": SEEDS,
-        "comparison": {name: compare(runs, name) for name in SCORES},
-        "runs": [asdict(run) for run in runs.values()],
+        "comparison": {score: compare(runs, score) for score in SCORES},
+        "runs": {arm: [asdict(run) for run in of_arm] for arm, of_arm in runs.items()},
     }
 
 
-def compare(runs: dict[tuple[int, int], Summary], score: str) -> dict[str, Any]:
-    """One score seed by seed: how far two ranks are from one, beside how far seeds are from each other."""
-    one, two = ([getattr(runs[size, seed], score) for seed in SEEDS] for size in (1, 2))
-    differences = [b - a for a, b in zip(one, two, strict=True)]
-    spread = statistics.stdev(one)
+def compare(runs: dict[str, list[Summary]], score: str) -> dict[str, Any]:
+    """One score: is two ranks' mean over seeds further from one rank's than two errors of their difference?"""
+    values = {arm: [float(getattr(run, score)) for run in of_arm] for arm, of_arm in runs.items()}
+    one, two = values["one"], values["two"]
+    error = ((statistics.variance(one) + statistics.variance(two)) / len(SEEDS)) ** 0.5
+    mean_difference = statistics.mean(two) - statistics.mean(one)
     return {
-        "one_rank": one,
-        "two_ranks": two,
-        "difference": differences,
-        "largest_difference": max(map(abs, differences)),
-        "spread_over_seeds_on_one_rank": spread,
-        "within_seed_noise": max(map(abs, differences)) < spread,
+        **values,
+        "two_minus_one": _differences(two, one),
+        "control_minus_one": _differences(values["control"], one),
+        "spread_over_seeds": {arm: statistics.stdev(values[arm]) for arm in ARMS},
+        "mean_difference": mean_difference,
+        "standard_error": error,
+        "within_seed_noise": abs(mean_difference) <= 2 * error,
     }
+
+
+def _differences(these: Sequence[float], those: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(these, those, strict=True)]
 
 
 def page(content: dict[str, Any]) -> str:
     sections = "\n\n".join(_section(SCORES[name], content["comparison"][name]) for name in SCORES)
     sources = content["provenance"]
-    commits = sorted({source["commit"] for source in sources})
-    hardware = sorted({f"{s['hardware']}, torch {s['torch']}, Python {s['python']}" for s in sources})
-    commands = "\n".join(source["command"] for source in sources[:2])
-    seconds = [_mean_seconds(content["runs"], size) for size in (1, 2)]
+    commits = ", ".join(f"`{commit}`" for commit in sorted({source["commit"] for source in sources}))
+    hardware = "; ".join(sorted({f"{s['hardware']}, torch {s['torch']}, Python {s['python']}" for s in sources}))
+    commands = "\n".join(source["command"] for source in sources[: len(ARMS)])
+    seconds = [_mean_seconds(content["runs"][arm]) for arm in ("one", "two")]
     return f"""# Two ranks against one
 
 CCE at 8 times fewer embedding parameters on MovieLens-100K, {content["global_batch"]} rows a step: on one rank, and on two
 with half of them each, under the plan of TorchRec's planner, re-clustered across ranks. Runs of one seed start from the same
-weights and see the same rows in the same order, so they differ by the order of float additions, and what follows from it.
+weights and see the same rows in the same order, except that two ranks leave a row out of batches of odd length.
+
+The control is one rank again, on exactly the rows of the two-rank run, those of rank 0 first. It is the same run
+mathematically, and shows how far apart two runs of one seed get through that row and the order of float additions alone.
 
 {sections}
 
-Seconds of training and of re-clustering, mean over seeds: {seconds[0]} on one rank, {seconds[1]} on two, which share the
-same two cores.
+Seconds of training and of re-clustering, mean over seeds: {seconds[0]} on one rank, {seconds[1]} on two, which shared the
+same two cores with other work.
 
 Made by `python benchmarks/two_ranks.py`, which runs (here for the first seed)
 
@@ -125,34 +165,40 @@ Made by `python benchmarks/two_ranks.py`, which runs (here for the first seed)
 {commands}
 ```
 
-at commit {", ".join(f"`{commit}`" for commit in commits)} on {"; ".join(hardware)}.
+at commit {commits} on {hardware}.
 
 Raw numbers: [`{NAME}.json`]({NAME}.json).
 """
 
 
 def _section(title: str, compared: dict[str, Any]) -> str:
-    rows = zip(SEEDS, compared["one_rank"], compared["two_ranks"], compared["difference"], strict=True)
-    lines = [f"| {seed} | {one:.5f} | {two:.5f} | {difference:+.5f} |" for seed, one, two, difference in rows]
-    means = " | ".join(_mean_and_spread(compared[name]) for name in ("one_rank", "two_ranks", "difference"))
-    verdict = (
-        "They agree within seed noise" if compared["within_seed_noise"] else "They do **not** agree within seed noise"
+    names = ("one", "two", "control", "two_minus_one", "control_minus_one")
+    heads = [f"{title}, 1 rank", "2 ranks", "control", "2 ranks - 1 rank", "control - 1 rank"]
+    lines = [f"| seed | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for index, seed in enumerate(SEEDS):
+        cells = [f"{compared[name][index]:{'+' if 'minus' in name else ''}.4f}" for name in names]
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    lines.append(f"| mean ± std | {' | '.join(_mean_and_spread(compared[name]) for name in names)} |")
+    verdict = "agree" if compared["within_seed_noise"] else "do **not** agree"
+    return "\n".join(lines) + (
+        f"\n\nOne and two ranks {verdict} within seed noise: their means differ by {compared['mean_difference']:+.4f}, and two\n"
+        f"standard errors of that difference over {len(SEEDS)} seeds are {2 * compared['standard_error']:.4f}. The largest "
+        f"difference of one seed is\n{_largest(compared['two_minus_one'])} between one and two ranks, and "
+        f"{_largest(compared['control_minus_one'])} between one rank and its control."
     )
-    head = f"| seed | {title}, 1 rank | {title}, 2 ranks | difference |\n|---|---:|---:|---:|"
-    return "\n".join([head, *lines, f"| mean ± std | {means} |"]) + (
-        f"\n\n{verdict}: the largest difference is {compared['largest_difference']:.5f}, the standard deviation over seeds "
-        f"on one rank {compared['spread_over_seeds_on_one_rank']:.5f}."
-    )
+
+
+def _largest(differences: Sequence[float]) -> str:
+    return f"{max(map(abs, differences)):.4f}"
 
 
 def _mean_and_spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.5f} ± {statistics.stdev(values):.5f}"
+    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
-def _mean_seconds(runs: Sequence[dict[str, Any]], world_size: int) -> str:
-    mine = [run for run in runs if run["world_size"] == world_size]
+def _mean_seconds(runs: Sequence[dict[str, Any]]) -> str:
     return " and ".join(
-        f"{statistics.mean(run[f'{part}_seconds'] for run in mine):.1f}" for part in ("train", "recluster")
+        f"{statistics.mean(run[f'{part}_seconds'] for run in runs):.1f}" for part in ("train", "recluster")
     )
 
 
