@@ -327,16 +327,17 @@ def page(sizes: Sizes, times: dict[str, list[float]], sent: dict[str, dict[str, 
             verdicts.append(f"* {name}: {verdict} {base}, {spread.text(2)} times its step.")
     facts = ", ".join(f"{key} `{value}`" for key, value in made_by.items())
     setting = (
-        f"{sizes.ranks} ranks (gloo, one thread each), B={sizes.batch_size} a rank, {sizes.num_tables} tables of one feature, "
-        f"{sizes.bag} id(s) a bag, D={sizes.dim}, V={sizes.num_embeddings:,}, CCE k={sizes.num_rows} c={sizes.num_columns}."
+        f"{sizes.ranks} ranks (gloo, one thread each), B={sizes.batch_size} a rank, {sizes.num_tables} tables of one "
+        f"feature, {sizes.bag} id(s) a bag, D={sizes.dim}, V={sizes.num_embeddings:,}, CCE k={sizes.num_rows} "
+        f"c={sizes.num_columns}."
     )
     return f"""# Cost of a sharded step
 
 {markdown_table(header, rows)}
 
 {setting}
-A step is forward (ids to rows included), backward and row-wise Adagrad. All ways took {sizes.rounds} turns of {sizes.steps} steps
-in one run, in an order that changed; ratios are between turns of the same round. In brackets: quartiles.
+A step is forward (ids to rows included), backward and row-wise Adagrad. All ways took {sizes.rounds} turns of
+{sizes.steps} steps in one run, in an order that changed; ratios are between turns of the same round. In brackets: quartiles.
 TW: table_wise, RW: row_wise, DP: data_parallel; "ids sharded" is `assignment_placement="sharded"`.
 
 {chr(10).join(verdicts)}
