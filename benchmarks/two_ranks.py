@@ -180,11 +180,14 @@ def _section(title: str, compared: dict[str, Any]) -> str:
         lines.append(f"| {seed} | {' | '.join(cells)} |")
     lines.append(f"| mean ± std | {' | '.join(_mean_and_spread(compared[name]) for name in names)} |")
     verdict = "agree" if compared["within_seed_noise"] else "do **not** agree"
-    return "\n".join(lines) + (
-        f"\n\nOne and two ranks {verdict} within seed noise: their means differ by {compared['mean_difference']:+.4f}, and two\n"
-        f"standard errors of that difference over {len(SEEDS)} seeds are {2 * compared['standard_error']:.4f}. The largest "
-        f"difference of one seed is\n{_largest(compared['two_minus_one'])} between one and two ranks, and "
-        f"{_largest(compared['control_minus_one'])} between one rank and its control."
+    return (
+        "\n".join(lines)
+        + f"""
+
+One and two ranks {verdict} within seed noise: their means differ by {compared["mean_difference"]:+.4f}, and two standard
+errors of that difference over {len(SEEDS)} seeds are {2 * compared["standard_error"]:.4f}. The largest difference of one seed
+is {_largest(compared["two_minus_one"])} between one and two ranks, and {_largest(compared["control_minus_one"])} between
+one rank and its control."""
     )
 
 
