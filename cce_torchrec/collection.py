@@ -85,6 +85,13 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         pooled = self._embedding_bag_collection(self._rewrite(features))
         return self._relabel(pooled, self._relabel.factors(features))
 
+    def reset_parameters(self) -> None:
+        """Initialise codebooks and assignments anew, such as after ``to_empty`` of a collection built on "meta"."""
+        self._embedding_bag_collection._device = self.codebook(self.lowered_tables[0].physical_names[0]).device
+        self._embedding_bag_collection.reset_parameters()
+        for table in self.lowered_tables:
+            table.row_map.reset_parameters()
+
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The *logical* configs, as given."""
         return self._configs

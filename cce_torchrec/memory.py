@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.optim import Optimizer
 from torchrec.modules.embedding_configs import data_type_to_dtype
 
@@ -88,10 +90,23 @@ class MemoryReport:
         return "\n".join([_HEADER, *rows])
 
 
+def state_bytes(state: Mapping[str, Any]) -> int:
+    """Bytes of the tensors in an optimizer's state of one parameter, over all ranks."""
+    total = 0
+    for value in state.values():
+        if isinstance(value, ShardedTensor):
+            total += value.metadata().size.numel() * value.metadata().tensor_properties.dtype.itemsize
+        elif isinstance(value, Tensor):
+            total += value.numel() * value.element_size()
+    return total
+
+
 def optimizer_state_bytes(optimizer: Optimizer | None, parameter: nn.Parameter) -> int:
-    """Bytes of the tensors that ``optimizer`` keeps for ``parameter``."""
-    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
-    return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
+    """Bytes that ``optimizer``, or one that is applied in backward, keeps for ``parameter``."""
+    states = [optimizer.state.get(parameter, {})] if optimizer is not None else []
+    for in_backward in getattr(parameter, "_in_backward_optimizers", []):
+        states.extend(in_backward.state.values())
+    return sum(map(state_bytes, states))
 
 
 def memory_report(tables: list[LoweredTable], optimizer_bytes: Mapping[str, int]) -> MemoryReport:

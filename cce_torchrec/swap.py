@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
-from cce_torchrec.config import CompressedEmbeddingBagConfig
+from cce_torchrec.config import CompressedEmbeddingBagConfig, method_of
 from cce_torchrec.methods import METHODS, FullTable, MethodConfig
 
 logger = logging.getLogger(__name__)
@@ -54,8 +55,12 @@ class CompressionRule:
             raise ValueError(
                 f"compression={self.compression} and num_params={self.num_params} are two budgets: give one."
             )
-        if self.compression is not None and self.compression < 1:
-            raise ValueError(f"compression={self.compression} is below 1, which would enlarge the table.")
+        if self.compression is not None and not (isinstance(self.compression, int | float) and self.compression >= 1):
+            raise ValueError(f"compression={self.compression!r} is below 1 or not a number; 16 is 16 times smaller.")
+        try:
+            re.compile(self.tables)
+        except re.error as error:
+            raise ValueError(f"tables={self.tables!r} is not a regular expression: {error}.") from None
         unknown = set(self.options) - {f.name for f in fields(METHODS[self.method])}
         if unknown:
             known = [f.name for f in fields(METHODS[self.method])]
@@ -91,11 +96,12 @@ class CompressionPlan(Protocol):
 Rules = Mapping[str, MethodConfig] | Sequence[CompressionRule] | CompressionPlan
 
 
-def compress(model: nn.Module, rules: Rules) -> nn.Module:
+def compress(model: nn.Module, rules: Rules | CompressionRule) -> nn.Module:
     """Replace the ``EmbeddingBagCollection``s inside a model by compressed ones; tables that no rule names stay full.
 
     Trained weights of the tables that stay full are kept; compressed tables start anew, since no id has an assignment yet.
-    Do this before sharding. An ``EmbeddingBagCollection`` of which no table changes is left as it is.
+    Optimizers applied in backward are applied to the new parameters; make other optimizers afterwards. Do this before
+    sharding. An ``EmbeddingBagCollection`` of which no table changes is left as it is.
 
     Args:
         model: changed in place; may itself be an ``EmbeddingBagCollection``.
@@ -116,6 +122,7 @@ def compress(model: nn.Module, rules: Rules) -> nn.Module:
         >>> type(model[0]).__name__
         'CompressedEmbeddingBagCollection'
     """
+    rules = _checked(rules)
     found = list(_plain_collections(model))
     replacements = {}  # by identity: a collection may stand at several places
     for _, collection in found:
@@ -128,7 +135,10 @@ def compress(model: nn.Module, rules: Rules) -> nn.Module:
         if unknown:
             raise ValueError(f"There is no table {unknown}; the model's tables are {tables}.")
     if not any(replacements.values()):
-        raise ValueError(f"No table is compressed by {rules}; the model's {len(found)} collections have {tables}.")
+        raise ValueError(
+            f"No table is compressed by {rules}; the model's {len(found)} collections have {tables} "
+            "(those that are compressed or sharded already, and subclasses, are left alone)."
+        )
     for name, collection in found:
         replacement = replacements[id(collection)]
         if replacement is None:
@@ -139,6 +149,22 @@ def compress(model: nn.Module, rules: Rules) -> nn.Module:
         parent, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent), attribute, replacement)
     return model
+
+
+def _checked(rules: Rules | CompressionRule) -> Rules:
+    """The rules, or a ``ValueError`` that says what they may be."""
+    if isinstance(rules, CompressionRule):
+        return [rules]
+    methods = rules if isinstance(rules, Mapping) else getattr(rules, "methods", None)
+    if isinstance(methods, Mapping) and all(isinstance(method, MethodConfig) for method in methods.values()):
+        return rules
+    is_list = isinstance(rules, Sequence) and not isinstance(rules, str)
+    if is_list and all(isinstance(rule, CompressionRule) for rule in rules):  # type: ignore[union-attr]
+        return rules
+    raise ValueError(
+        f"rules={rules!r} is neither a list of CompressionRule, nor method configs by table name such as "
+        '{"t_item": CCE(num_rows=1024)}, nor a plan with such `methods`.'
+    )
 
 
 def _plain_collections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, EmbeddingBagCollection]]:
@@ -187,8 +213,22 @@ def _replace(
     ]
     replacement = CompressedEmbeddingBagCollection(tables, collection.is_weighted(), collection.device)
     replacement.train(collection.training)
-    if collection.device != torch.device("meta"):
-        for table in tables:
-            if isinstance(table.method, FullTable):
-                replacement.codebook(table.name).copy_(collection.embedding_bags[table.name].weight)
+    for table in replacement.lowered_tables:
+        old = collection.embedding_bags[table.name].weight
+        stays_full = isinstance(method_of(table.config), FullTable)
+        for name in table.physical_names:
+            new = replacement.codebook(name)
+            if stays_full:
+                new.requires_grad_(old.requires_grad)
+                if old.device.type != "meta":
+                    new.copy_(old)
+            _apply_the_same_optimizer(old, new)
     return replacement
+
+
+@torch.enable_grad()
+def _apply_the_same_optimizer(old: nn.Parameter, new: nn.Parameter) -> None:
+    """An optimizer that was applied in backward to a table goes on to what takes its place."""
+    requests = zip(getattr(old, "_optimizer_classes", []), getattr(old, "_optimizer_kwargs", []), strict=True)
+    for optimizer_class, options in requests:
+        apply_optimizer_in_backward(optimizer_class, [new], options)

@@ -8,7 +8,6 @@ TorchRec stays TorchRec's own code.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -49,7 +48,7 @@ from cce_torchrec.distributed.id_sharding import (
 from cce_torchrec.distributed.replicated import requested_optimizers, train_replicated
 from cce_torchrec.hashing import derive_seed
 from cce_torchrec.lowering import LoweredTable, lower_tables
-from cce_torchrec.memory import MemoryReport, memory_report
+from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes, state_bytes
 from cce_torchrec.rewrite import Relabel
 
 
@@ -272,14 +271,20 @@ class ShardedCompressedEmbeddingBagCollection(
         """Whether KJTs must carry weights."""
         return self._is_weighted
 
-    def memory_report(self) -> MemoryReport:
-        """Bytes stored for each table over all ranks, and the compression counted both ways."""
-        state: dict[str, Any] = self._embedding_bag_collection.fused_optimizer.state_dict()["state"]
+    def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
+        """Bytes stored for each table over all ranks, replicas once, and the compression counted both ways.
+
+        A rank knows the fused optimizer state of the tables that it holds a part of.
+
+        Args:
+            optimizer: the one that trains what no fused kernel trains, so that its state is counted too.
+        """
+        inner = self._embedding_bag_collection
+        fused = inner.fused_optimizer.state_dict()["state"]
         optimizer_bytes = {
-            key.removeprefix("embedding_bags.").removesuffix(".weight"): sum(
-                value.numel() * value.dtype.itemsize for value in tensors.values() if hasattr(value, "dtype")
-            )
-            for key, tensors in state.items()
+            config.name: state_bytes(fused.get(f"embedding_bags.{config.name}.weight", {}))
+            or optimizer_state_bytes(optimizer, inner.embedding_bags[config.name].weight)
+            for config in inner._embedding_bag_configs
         }
         return memory_report(self.lowered_tables, optimizer_bytes)
 

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from cce_torchrec.hashing import MAX_ROWS
+
 CHECKPOINT_FORMAT = 1  # to be raised when what a row map stores, or its hash functions, change
 
 
@@ -93,6 +95,14 @@ class MethodConfig(ABC):
             ValueError: where no instance fits; it names the smallest budget that works.
         """
         check_positive(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
+        if not isinstance(num_params, int):
+            raise ValueError(f"num_params={num_params!r} is not an integer.")
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in overrides if name not in known]
+        if unknown:
+            raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {known}.")
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        check_positive(**{name: overrides[name] for name in overrides if name.startswith("num_")})
         method = cls(**{**cls.largest_fields(num_embeddings, embedding_dim, num_params, overrides), **overrides})
         needed = method.num_params(num_embeddings, embedding_dim)
         if needed > num_params:
@@ -122,15 +132,22 @@ def check_positive(**values: int) -> None:
             raise ValueError(f"{name}={value!r} is not a positive integer.")
 
 
+def check_rows(**values: int) -> None:
+    """Raise a ``ValueError`` for every number of rows that no hash can map to."""
+    check_positive(**values)
+    for name, value in values.items():
+        if value > MAX_ROWS:
+            raise ValueError(f"{name}={value} is above {MAX_ROWS}, the most rows a hash can map to.")
+
+
 def check_divides(embedding_dim: int, num_columns: int) -> None:
     """Raise a ``ValueError`` with the divisors near ``num_columns`` where the columns do not cut the dim evenly."""
     if embedding_dim % num_columns:
         divisors = [d for d in range(1, embedding_dim + 1) if embedding_dim % d == 0]
-        below = max(d for d in divisors if d < num_columns) if num_columns > 1 else 1
-        above = min((d for d in divisors if d > num_columns), default=embedding_dim)
+        below, above = [d for d in divisors if d < num_columns][-1:], [d for d in divisors if d > num_columns][:1]
         raise ValueError(
             f"embedding_dim={embedding_dim} cannot be cut in num_columns={num_columns} equal columns; "
-            f"the nearest numbers of columns that work are {below} and {above}."
+            f"the nearest numbers of columns that work are {' and '.join(map(str, below + above))}."
         )
 
 

@@ -14,6 +14,7 @@ from cce_torchrec.methods.base import (
     budget_rows,
     check_divides,
     check_positive,
+    check_rows,
     default_num_columns,
     id_chunks,
 )
@@ -134,7 +135,8 @@ class CCE(MethodConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(num_rows=self.num_rows, num_columns=self.num_columns, num_helper_rows=self.helper_rows)
+        check_rows(num_rows=self.num_rows, num_helper_rows=self.helper_rows)
+        check_positive(num_columns=self.num_columns)
 
     @property
     def helper_rows(self) -> int:

@@ -14,6 +14,7 @@ from cce_torchrec.methods.base import (
     budget_rows,
     check_divides,
     check_positive,
+    check_rows,
     default_num_columns,
 )
 
@@ -65,7 +66,8 @@ class CE(MethodConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(num_rows=self.num_rows, num_columns=self.num_columns)
+        check_rows(num_rows=self.num_rows)
+        check_positive(num_columns=self.num_columns)
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         check_divides(embedding_dim, self.num_columns)

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cce_torchrec.methods.base import MethodConfig, RowMap, budget_rows, check_positive
+from cce_torchrec.methods.base import MethodConfig, RowMap, budget_rows, check_rows
 from cce_torchrec.methods.ce import HashedRowMap
 
 
@@ -30,7 +30,7 @@ class HashingTrick(MethodConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(num_rows=self.num_rows)
+        check_rows(num_rows=self.num_rows)
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         return self.num_rows * embedding_dim

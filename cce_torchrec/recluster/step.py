@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import method_of
@@ -99,6 +100,13 @@ def reclusterable_tables(collection: Collection) -> Iterator[LoweredTable]:
 
 
 def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping[str, Tensor]) -> None:
+    for collection in collections:
+        inner = collection._embedding_bag_collection
+        if isinstance(collection, CompressedEmbeddingBagCollection) and not isinstance(inner, EmbeddingBagCollection):
+            raise ValueError(
+                "A compressed collection was sharded by TorchRec's sharders alone, which only see what is inside it: "
+                "pass sharders=cce_torchrec.get_sharders() to DistributedModelParallel and to the planner."
+            )
     tables = {table.name: table for collection in collections for table in reclusterable_tables(collection)}
     if not tables:
         methods = [key for key, method in METHODS.items() if method.reclusterable]
@@ -164,8 +172,8 @@ def _commit(collection: Collection, store: Store, new_tables: list[tuple[Lowered
             store.write_optimizer(name, state_RS, len(codebook))
             if store.trained_elsewhere(name):
                 logger.warning(
-                    "Table %r was re-clustered, but the optimizer of its codebook %r is unknown, so its state is stale: "
-                    "pass `optimizer=`.",
+                    "Table %r was re-clustered, but no optimizer of its codebook %r is known, so its state is stale: pass "
+                    "the one that trains it as `optimizer=`.",
                     table.name,
                     name,
                 )

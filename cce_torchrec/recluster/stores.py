@@ -23,6 +23,7 @@ class Piece(NamedTuple):
     tensor: Tensor
     row: int
     col: int
+    initial: float = 0.0
 
 
 def local_pieces(value: Any) -> list[Piece]:
@@ -79,6 +80,7 @@ class Store:
         self._weights = inner.state_dict()  # flushes caches; its tensors are the parameters themselves
         self._is_sharded = isinstance(inner, ShardedEmbeddingBagCollection)
         self._fused = inner.fused_optimizer.state_dict()["state"] if self._is_sharded else {}
+        self._optimizer = optimizer
         self._external = optimizer.state if optimizer is not None else {}
         self._all_ranks = collectives
 
@@ -113,10 +115,18 @@ class Store:
         states = self._states(table)
         dim = self._dims[table]
         return [
-            Piece(part.tensor, part.row, index * dim + part.col)
+            Piece(part.tensor, part.row, index * dim + part.col, self._initial(table) if name == "sum" else 0.0)
             for index, name in enumerate(sorted(states))
             for part in _rows_of_state(states[name], self._pieces(table), num_rows)
         ]
+
+    def _initial(self, table: str) -> float:
+        """Where Adagrad's sums start."""
+        weight = self._inner.embedding_bags[table].weight
+        optimizers = [self._optimizer, *getattr(weight, "_in_backward_optimizers", [])]
+        groups = [group for optimizer in optimizers if optimizer is not None for group in optimizer.param_groups]
+        values = [g.get("initial_accumulator_value", 0.0) for g in groups if any(p is weight for p in g["params"])]
+        return values[0] if values else 0.0
 
     def read_optimizer(self, table: str, num_rows: int) -> Tensor:
         """The optimizer state of all rows: [R, S] float32, S = 0 where there is none; collective."""
@@ -124,24 +134,29 @@ class Store:
         return state_RS if state_RS.numel() else state_RS.new_zeros(num_rows, 0)
 
     def write_optimizer(self, table: str, state_RS: Tensor, num_rows: int) -> None:
-        """Replace the optimizer state of all rows; S = 0 resets it to zero, step counts included."""
+        """Replace the optimizer state of all rows; S = 0 resets it, step counts included."""
         for piece in self._state_pieces(table, num_rows):
             height, width = piece.tensor.shape
             if state_RS.shape[1]:
                 piece.tensor.copy_(state_RS[piece.row : piece.row + height, piece.col : piece.col + width])
             else:
-                piece.tensor.zero_()
+                piece.tensor.fill_(piece.initial)
         if not state_RS.shape[1]:
             for value in self._states(table).values():
                 if isinstance(value, Tensor) and not isinstance(value, ShardedTensor | DTensor) and value.dim() == 0:
                     value.zero_()
 
     def trained_elsewhere(self, table: str) -> bool:
-        """Whether an optimizer that we were not given trains a sharded table."""
-        if not self._is_sharded or self._inner.module_sharding_plan[table].compute_kernel != "dense":
+        """Whether a table was trained by an optimizer that we were not given."""
+        if self._is_sharded and self._inner.module_sharding_plan[table].compute_kernel != "dense":
             return False
         weight = self._inner.embedding_bags[table].weight
-        return weight not in self._external and not hasattr(weight, "_in_backward_optimizers")
+        return weight.grad is not None and not self._states(table) and not self._is_known(weight)
+
+    def _is_known(self, weight: nn.Parameter) -> bool:
+        groups = self._optimizer.param_groups if self._optimizer is not None else []
+        in_groups = any(parameter is weight for group in groups for parameter in group["params"])
+        return in_groups or hasattr(weight, "_in_backward_optimizers")
 
 
 def _key(table: str) -> str:

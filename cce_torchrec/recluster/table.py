@@ -108,11 +108,13 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
 
 def _check_finite(state: TableState) -> None:
     for column, codebook in enumerate(state.codebooks):
-        bad = int((~codebook.isfinite()).sum())
+        limit = (torch.finfo(codebook.dtype).max / codebook.shape[1]) ** 0.5 / 64
+        bad = int((~(codebook.abs() < limit)).sum())
         if bad:
             raise ValueError(
-                f"Table {state.name!r}: {bad} of {codebook.numel()} weights of column {column} are NaN or infinite, so it "
-                "cannot be re-clustered. Load the last good checkpoint, then lower the learning rate or clip gradients."
+                f"Table {state.name!r}: {bad} of {codebook.numel()} weights of column {column} are NaN or infinite (or above "
+                f"{limit:.0e}, where squares overflow), so it cannot be re-clustered. Load the last good checkpoint, then "
+                "lower the learning rate or clip gradients."
             )
 
 

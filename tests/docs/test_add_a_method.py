@@ -28,13 +28,6 @@ CHOICES: dict[str, list[Any]] = {
     "is_weighted": [False, True],
 }
 
-# The library initialises rows as if every method's scale were 1, and so does one expectation of the contract.
-ASSUME_SCALE_1 = {
-    "test_initial_variance_is_the_full_tables",
-    "test_initial_variance_follows_the_configs_bounds_and_init_fn",
-    "test_an_optimizer_step_moves_what_was_looked_up",
-}
-
 
 @pytest.fixture
 def two_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -87,9 +80,7 @@ def contract() -> list[Callable[..., None]]:
 
 @pytest.mark.usefixtures("two_hashes")
 @pytest.mark.parametrize("test", contract(), ids=lambda test: test.__name__)
-def test_it_meets_the_contract(test: Callable[..., None], request: pytest.FixtureRequest) -> None:
-    if test.__name__ in ASSUME_SCALE_1:
-        request.applymarker(pytest.mark.xfail(reason="assumes scale 1", raises=AssertionError, strict=False))
+def test_it_meets_the_contract(test: Callable[..., None]) -> None:
     names = list(inspect.signature(test).parameters)
     for values in itertools.product(*(CHOICES[name] for name in names)):
         test(**dict(zip(names, values, strict=True)))

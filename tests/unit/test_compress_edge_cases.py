@@ -1,13 +1,17 @@
 """Swapping compressed collections into models that are not plain trees, or not at all."""
 
 import re
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from torchrec import KeyedJaggedTensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
-from cce_torchrec import CCE, CE, CompressedEmbeddingBagCollection, CompressionRule, compress
+from cce_torchrec import CCE, CE, CompressedEmbeddingBagCollection, CompressionRule, HashingTrick, compress
 from tests.unit.test_compress import DIM, Model, stock
 
 
@@ -49,3 +53,47 @@ def test_what_is_already_compressed_is_not_opened_up() -> None:
     assert type(inside) is EmbeddingBagCollection
     assert [config.name for config in inside.embedding_bag_configs()] == ["user", "item:0", "item:1", "genre"]
     assert isinstance(model[1], CompressedEmbeddingBagCollection)
+
+
+def table(name: str, num_embeddings: int) -> EmbeddingBagConfig:
+    return EmbeddingBagConfig(name=name, num_embeddings=num_embeddings, embedding_dim=DIM, feature_names=[f"f_{name}"])
+
+
+def ebc(*tables: EmbeddingBagConfig) -> EmbeddingBagCollection:
+    return EmbeddingBagCollection(tables=list(tables))
+
+
+def test_an_optimizer_applied_in_backward_goes_on() -> None:
+    """One step of SGD moves what was compressed and what stayed full by lr times the gradient."""
+    model = nn.Sequential(ebc(table("item", 100), table("small", 10)))
+    apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 1.0})
+    collection = compress(model, {"item": HashingTrick(num_rows=7)})[0]
+    before = {name: collection.dense_weight(name) for name in ("item", "small")}
+    features = [config.feature_names[0] for config in collection.embedding_bag_configs()]
+    kjt = KeyedJaggedTensor.from_lengths_sync(features, torch.tensor([3, 4]), torch.tensor([1, 1]))
+    collection(kjt).values().sum().backward()
+    for name, row in (("item", 3), ("small", 4)):
+        torch.testing.assert_close(before[name][row] - collection.dense_weight(name)[row], torch.ones(DIM))
+
+
+def test_a_frozen_table_stays_frozen() -> None:
+    model = ebc(table("item", 100), table("small", 10))
+    model.embedding_bags["small"].weight.requires_grad_(False)
+    assert not compress(model, {"item": HashingTrick(num_rows=7)}).codebook("small").requires_grad
+
+
+@pytest.mark.parametrize("rules", ["cce", HashingTrick(num_rows=7), {"item": "cce"}, ["cce"], 5])
+def test_rules_of_another_kind(rules: Any) -> None:
+    with pytest.raises(ValueError, match="neither a list of CompressionRule"):
+        compress(ebc(table("item", 100)), rules)
+
+
+def test_one_rule_needs_no_list() -> None:
+    rule = CompressionRule(method="hashing_trick", options={"num_rows": 7})
+    assert isinstance(compress(ebc(table("item", 100)), rule), CompressedEmbeddingBagCollection)
+
+
+@pytest.mark.parametrize("fields", [{"compression": float("nan")}, {"compression": "8"}, {"tables": "["}])
+def test_rules_are_checked_when_they_are_made(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"is below 1 or not a number|is not a regular expression"):
+        CompressionRule(method="cce", **fields)
