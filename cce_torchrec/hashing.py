@@ -90,5 +90,6 @@ def hash_rows(ids_N: Tensor, coefficients: Tensor, num_rows: int) -> Tensor:
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"num_rows={num_rows} is outside [1, {MAX_ROWS}]: a hash needs a range it can map to.")
     mixed_N = mix64(ids_N.to(torch.int64) ^ coefficients[0])
-    top32_FN = _shift_right(mixed_N * coefficients[1:, None], 32)
-    return _shift_right(top32_FN * num_rows, 32)
+    words_FN = mixed_N * coefficients[1:, None]
+    top32_FN = words_FN.bitwise_right_shift_(32).bitwise_and_(2**32 - 1)
+    return top32_FN.mul_(num_rows).bitwise_right_shift_(32)  # below 2^63: the sign bit is 0

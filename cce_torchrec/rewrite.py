@@ -7,6 +7,7 @@ Shapes: F logical features, P physical features, B batch size, N ids of one tabl
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -142,25 +143,40 @@ class RowRewriter:
         return [values[start:end] for start, end in itertools.pairwise([0, *cuts])]
 
 
+@dataclass(frozen=True)
+class _Names:
+    """How the outputs of physical features are named when they come in one particular order.
+
+    Attributes:
+        outputs: logical outputs in the order of the result.
+        physical: the physical features to put side by side first, or ``None`` where they lie right already.
+    """
+
+    outputs: list[int]
+    physical: list[str] | None
+
+
 class Relabel:
     """Gives the outputs of the physical features back their logical names: the columns of f side by side are f.
 
-    Also where MEAN pooling divides by the length of the bag and where a method's scale is applied.
+    Also where MEAN pooling divides by the length of the bag and where a method's scale is applied. Values are not moved
+    where the columns of each feature lie side by side already; the keys of the result are then in the order in which the
+    features come (that of the ranks, where tables are sharded, as with TorchRec's own collection).
     """
 
     def __init__(self, tables: Sequence[LoweredTable]) -> None:
         outputs = [(table, f) for table in tables for f in range(len(table.embedding_names))]
-        self._physical = [name for table, f in outputs for name in table.output_names(f)]
+        self._physical = [table.output_names(f) for table, f in outputs]
         self._keys = [table.embedding_names[f] for table, f in outputs]
         self._dims = [table.config.embedding_dim for table, _ in outputs]
         self.features = [table.config.feature_names[f] for table, f in outputs]
         self._is_mean_F = torch.tensor([table.is_mean for table, _ in outputs])
         self._scale_F = torch.tensor([table.row_map.scale for table, _ in outputs])
-        self._dims_F = torch.tensor(self._dims)
         self.needs_factors = bool(self._is_mean_F.any() or (self._scale_F != 1).any())
+        self._names: dict[tuple[str, ...], _Names] = {}
 
     def factors(self, features: KeyedJaggedTensor) -> Tensor | None:
-        """What to multiply the summed vectors of this batch by: [B, F], or ``None`` for 1."""
+        """What to multiply the summed vectors of this batch by: [B, F] in config order, or ``None`` for 1."""
         if not self.needs_factors:
             return None
         lengths_FB = select_features(features, self.features).lengths().view(len(self.features), -1)
@@ -168,11 +184,32 @@ class Relabel:
         return scale_F / torch.where(is_mean_F, lengths_FB.T.clamp(min=1), 1)
 
     def __call__(self, pooled: KeyedTensor, factors_BF: Tensor | None) -> KeyedTensor:
-        """Rename; reorder and scale only where needed."""
+        """Rename; move and scale only where needed."""
+        arrived = tuple(pooled.keys())
+        if arrived not in self._names:
+            self._names[arrived] = self._name(list(arrived))
+        names = self._names[arrived]
         values_BD = pooled.values()
-        if pooled.keys() != self._physical:
-            values_BD = KeyedTensor.regroup([pooled], [self._physical])[0]
+        if names.physical is not None:
+            values_BD = KeyedTensor.regroup([pooled], [names.physical])[0]
+        dims = [self._dims[output] for output in names.outputs]
         if factors_BF is not None:
-            dims_F = self._dims_F.to(values_BD.device)
-            values_BD = values_BD * factors_BF.repeat_interleave(dims_F, dim=1, output_size=values_BD.shape[1])
-        return KeyedTensor(keys=self._keys, length_per_key=self._dims, values=values_BD)
+            dims_F = torch.tensor(dims, device=values_BD.device)
+            factors_BD = factors_BF[:, names.outputs].repeat_interleave(dims_F, dim=1, output_size=values_BD.shape[1])
+            values_BD = values_BD * factors_BD
+        return KeyedTensor(keys=[self._keys[output] for output in names.outputs], length_per_key=dims, values=values_BD)
+
+    def _name(self, arrived: list[str]) -> _Names:
+        """Find the logical outputs in the physical ones, or how to bring their columns together."""
+        first = {physical[0]: output for output, physical in enumerate(self._physical)}
+        outputs: list[int] = []
+        position = 0
+        while position < len(arrived):
+            output = first.get(arrived[position])
+            width = 0 if output is None else len(self._physical[output])
+            if output is None or arrived[position : position + width] != self._physical[output]:
+                everything = [name for physical in self._physical for name in physical]
+                return _Names(outputs=list(range(len(self._physical))), physical=everything)
+            outputs.append(output)
+            position += width
+        return _Names(outputs=outputs, physical=None)

@@ -26,7 +26,8 @@ class CompressedStorageReservation(StorageReservation):
     """Reserves, on every device, what ``base`` reserves and the assignments of the compressed collections.
 
     Args:
-        base: what is reserved for the rest of the model; 15% of each device where ``None``, as TorchRec does by default.
+        base: what is reserved for the rest of the model; 15% of each GPU's HBM where ``None``, as TorchRec does by
+            default.
 
     Raises:
         ValueError: in :meth:`reserve`, where the assignments alone do not fit a device.
