@@ -21,7 +21,10 @@ def plan_tables(info: DatasetInfo, config: TrainConfig) -> list[CompressedEmbedd
         remedy = f"at most {largest:.4g} works here" if largest else "no compression works with these options"
         flags = f"--compression {config.compression:g} with --method {config.method}"
         raise UsageError(f"{flags}: {error} ({remedy})") from None
-    return [_table(feature, methods[feature.name], config.embedding_dim) for feature in info.sparse_features]
+    tables = [_table(feature, methods[feature.name], config.embedding_dim) for feature in info.sparse_features]
+    for table in tables:
+        _check_columns(table)
+    return tables
 
 
 def num_params(tables: list[CompressedEmbeddingBagConfig]) -> int:
@@ -80,6 +83,15 @@ def _largest_compression(info: DatasetInfo, config: TrainConfig) -> float | None
         middle = (low * high) ** 0.5
         low, high = (middle, high) if works(middle) else (low, middle)
     return low
+
+
+def _check_columns(table: CompressedEmbeddingBagConfig) -> None:
+    columns = getattr(table.method, "num_columns", 1)
+    if table.embedding_dim // columns % 4:
+        raise UsageError(
+            f"--method_options num_columns={columns}: FBGEMM's kernels take no columns of {table.embedding_dim // columns} "
+            f"dims; --embedding_dim {table.embedding_dim} over num_columns must be a multiple of 4"
+        )
 
 
 def _table(feature: SparseFeature, method: MethodConfig, embedding_dim: int) -> CompressedEmbeddingBagConfig:

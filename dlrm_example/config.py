@@ -142,6 +142,10 @@ def _check_numbers(config: TrainConfig) -> None:
     for name in ("discard_last", "recluster_count", "seed", "checkpoint_every_epochs"):
         if getattr(config, name) < 0:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be 0 or more")
+    if config.embedding_dim % 4:
+        raise UsageError(f"--embedding_dim is {config.embedding_dim}; FBGEMM's kernels need a multiple of 4")
+    if config.seed >= 2**63:
+        raise UsageError(f"--seed is {config.seed}; it must be below 2^63")
     if not 0 < config.recluster_stop_after <= 1:
         raise UsageError(f"--recluster_stop_after is {config.recluster_stop_after}; it is a fraction of training")
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from dlrm_example.commands import exit_code
 from dlrm_example.config import TrainConfig
 from dlrm_example.console import set_up_logging
-from dlrm_example.data import DataUnavailableError
 from dlrm_example.distributed import process_group
 from dlrm_example.plots import plot_runs
 from dlrm_example.recipe import SETTINGS, movielens_config
@@ -26,27 +26,23 @@ EVALUATE_EVERY = 35  # steps, of 70 an epoch
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     set_up_logging()
+    return exit_code(lambda: _quickstart(Path(arguments.run_dir), arguments.epochs))
+
+
+def _quickstart(folder: Path, epochs: int) -> None:
     started = time.perf_counter()
-    folder = Path(arguments.run_dir)
     configs = [
-        movielens_config(
-            method, str(folder / method), epochs=arguments.epochs, validation_freq_within_epoch=EVALUATE_EVERY
-        )
+        movielens_config(method, str(folder / method), epochs=epochs, validation_freq_within_epoch=EVALUATE_EVERY)
         for method in METHODS
     ]
-    try:
-        with process_group():  # one for all three runs
-            runs = [_run(config) for config in configs]
-    except DataUnavailableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with process_group():  # one for all three runs
+        runs = [_run(config) for config in configs]
     picture = folder / "quickstart.png"
     plot_runs({_title(config): Path(config.run_dir) for config in configs}, picture)
     print(f"\n{summary_table(runs)}\n")
     print(f"Every run's config, metrics and summary: {folder}/{{{','.join(METHODS)}}}/")
     print(f"Validation BCE by step and by parameters: {picture}")
     print(f"Took {time.perf_counter() - started:.0f} s.")
-    return 0
 
 
 def _run(config: TrainConfig) -> Summary:

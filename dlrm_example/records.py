@@ -60,19 +60,19 @@ class RunFiles:
         """Empty the folder of an earlier run's files, checkpoints included, and write the config.
 
         Raises:
-            UsageError: the folder cannot be made.
+            UsageError: the folder cannot be made or written.
         """
         if not self._is_main:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / SUMMARY).unlink(missing_ok=True)
+            if (self.folder / CHECKPOINTS).exists():
+                shutil.rmtree(self.folder / CHECKPOINTS)
+            (self.folder / METRICS).write_text("")
+            self._write_config(config, versions)
         except OSError as error:
-            raise UsageError(f"--run_dir {self.folder}: {error}") from None
-        (self.folder / SUMMARY).unlink(missing_ok=True)
-        if (self.folder / CHECKPOINTS).exists():
-            shutil.rmtree(self.folder / CHECKPOINTS)
-        (self.folder / METRICS).write_text("")
-        self._write_config(config, versions)
+            raise UsageError(f"--run_dir {self.folder} cannot be written: {error}") from None
 
     def go_on(self, config: TrainConfig, versions: dict[str, str], metrics_bytes: int) -> None:
         """Forget the metrics that were logged after a checkpoint.

@@ -17,31 +17,30 @@ from cce_torchrec.memory import MemoryReport
 from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from dlrm_example.cli import parse_config
-from dlrm_example.config import TrainConfig, UsageError
+from dlrm_example.commands import exit_code
+from dlrm_example.config import TrainConfig
 from dlrm_example.console import is_main_process, set_up_logging
-from dlrm_example.data import DATASETS, Dataset, DataUnavailableError
+from dlrm_example.data import DATASETS, Dataset
 from dlrm_example.distributed import World, main_rank_first, on_main_rank, process_group
 from dlrm_example.model import build_model, build_optimizer, collection_of, shard_model
 from dlrm_example.progress import Progress
 from dlrm_example.records import RunFiles, Summary, check_free
 from dlrm_example.report import summary_table
-from dlrm_example.trainer import Loaders, Trainer, TrainingDivergedError
+from dlrm_example.trainer import Loaders, Trainer
 
 logger = logging.getLogger("dlrm_example.train")  # under `python -m`, __name__ is "__main__", which is not shown
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 for a finished run, 2 for flags that cannot be, 1 for data or training that failed."""
+    """One run; returns its exit code, see :func:`exit_code`."""
     set_up_logging()
-    try:
+
+    def run() -> None:
         summary = train(parse_config(argv))
-    except (UsageError, DataUnavailableError, TrainingDivergedError) as error:
-        if is_main_process() or isinstance(error, DataUnavailableError):  # the others are the same on every rank
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
-    if is_main_process():
-        print(summary_table([summary]))
-    return 0
+        if is_main_process():
+            print(summary_table([summary]))
+
+    return exit_code(run)
 
 
 def train(config: TrainConfig) -> Summary:

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or the weights are no longer finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ class Trainer:
             progress: how far model and optimizer are; goes on from there.
 
         Raises:
-            TrainingDivergedError: the loss became infinite or NaN.
+            TrainingDivergedError: the loss or the weights became infinite or NaN.
         """
         self._progress = progress
         self._model.train()
@@ -107,7 +107,10 @@ class Trainer:
         if self._schedule is None:
             return
         started = time.perf_counter()
-        report = self._schedule.step(self._progress.step, self._model, optimizer=self._optimizer)
+        try:
+            report = self._schedule.step(self._progress.step, self._model, optimizer=self._optimizer)
+        except ValueError as error:  # weights that are not finite
+            raise TrainingDivergedError(f"re-clustering after step {self._progress.step}: {error}") from None
         if report is None:
             return
         seconds = time.perf_counter() - started
