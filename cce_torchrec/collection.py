@@ -76,7 +76,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             features: ids of every feature (others are ignored), batch size B.
 
         Returns:
-            [B, D] for each feature, in the order of the configs.
+            [B, D] for each feature, in the order of the configs (a sharded collection's come in the order of the ranks).
 
         Raises:
             ValueError: where a feature or the weights are missing.
