@@ -22,14 +22,12 @@ from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
     EmbeddingBagCollectionSharder,
-    ShardedEmbeddingBagCollection,
 )
 from torchrec.distributed.types import (
     Awaitable,
     LazyAwaitable,
     ParameterSharding,
     ShardingEnv,
-    ShardingType,
 )
 from torchrec.distributed.utils import append_prefix
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -37,16 +35,9 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection, refuse_other_layouts
 from cce_torchrec.config import has_sharded_assignments
+from cce_torchrec.distributed.build import shard_codebooks, take_over_state
 from cce_torchrec.distributed.groups import make_group
-from cce_torchrec.distributed.id_sharding import (
-    check_replicated,
-    graft,
-    keep_local_blocks,
-    shard_replicated_codebooks,
-    subset,
-)
-from cce_torchrec.distributed.replicated import requested_optimizers, train_replicated
-from cce_torchrec.hashing import derive_seed
+from cce_torchrec.distributed.id_sharding import keep_local_blocks
 from cce_torchrec.lowering import LoweredTable, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes, state_bytes
 from cce_torchrec.rewrite import Relabel
@@ -110,14 +101,16 @@ class ShardedCompressedEmbeddingBagCollection(
         )
         keep_local_blocks(self.lowered_tables, env, device)
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
-        self._embedding_bag_collection = self._shard_codebooks(module, params, ebc_sharder, module_fqn)
+        self._embedding_bag_collection = shard_codebooks(
+            module, self.lowered_tables, params, ebc_sharder, env, device, module_fqn
+        )
         mode = module.bounds_check_mode if bounds_check_mode is None else bounds_check_mode
         inner = self._embedding_bag_collection
         self._groups = [
             make_group(sharding_type, sharding, self.lowered_tables, env, device, self._is_weighted, mode)
             for sharding_type, sharding in zip(inner._sharding_types, inner._embedding_shardings, strict=True)
         ]
-        self._take_over_state(module)
+        take_over_state(module, inner, self._row_maps, self.lowered_tables, env)
         # Pipelines look for these: they fuse the all-to-alls of all input dists and copy lookups to their streams.
         self._input_dists = [group.input_dist for group in self._groups]
         self._lookups, self._output_dists = inner._lookups, inner._output_dists
@@ -127,67 +120,6 @@ class ShardedCompressedEmbeddingBagCollection(
         self._version = 0
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
         self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
-
-    def _shard_codebooks(
-        self,
-        module: CompressedEmbeddingBagCollection,
-        params: dict[str, ParameterSharding],
-        ebc_sharder: EmbeddingBagCollectionSharder,
-        module_fqn: str | None,
-    ) -> ShardedEmbeddingBagCollection:
-        """TorchRec shards the codebooks; those of tables whose assignments are sharded by id become a group of their own."""
-        check_replicated(self.lowered_tables, params)
-        collection = module._embedding_bag_collection
-        requests = requested_optimizers(collection)
-        by_id = [c for t in self.lowered_tables if has_sharded_assignments(t.config) for c in t.physical_configs]
-        names = {config.name for config in by_id}
-        by_row = [config for config in collection.embedding_bag_configs() if config.name not in names]
-        if by_row:
-            part = subset(collection, by_row)
-            host = ebc_sharder.shard(part, params, self._env, self._device, module_fqn)
-            train_replicated(host, requests, sum_gradients=False)
-        if by_id:
-            part = subset(collection, by_id)
-            guest = shard_replicated_codebooks(part, params, requests, ebc_sharder, self._env, self._device)
-            if not by_row:
-                return guest
-            graft(host, guest)
-        return host
-
-    @torch.no_grad()
-    def _take_over_state(self, module: CompressedEmbeddingBagCollection) -> None:
-        """Copy weights and assignments of a real module; initialise those of a meta one."""
-        inner = self._embedding_bag_collection
-        if module.device.type == "meta":
-            for config in inner._embedding_bag_configs:
-                self._init_shard(config)
-        else:
-            inner.load_state_dict(module._embedding_bag_collection.state_dict())
-            self._row_maps.load_state_dict(module._row_maps.state_dict())
-        replicated = [
-            inner.embedding_bags[name].weight
-            for name, sharding in inner.module_sharding_plan.items()
-            if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
-        ]
-        for table in self.lowered_tables:
-            buffers = dict(table.row_map.named_buffers())
-            if has_sharded_assignments(table.config):
-                del buffers["assignments"]
-            replicated.extend(buffers.values())
-        for tensor in replicated:  # ranks may have been built from different seeds
-            if tensor.numel():
-                # As bytes where the backend may not know the type: gloo has no int16.
-                data = tensor.data.view(torch.uint8) if tensor.dtype == torch.int16 else tensor.data
-                dist.broadcast(data, dist.get_global_rank(self._env.process_group, 0), self._env.process_group)
-
-    def _init_shard(self, config: EmbeddingBagConfig) -> None:
-        """Draw the local part of a codebook from a stream of its own: ranks with one seed must not draw equal shards."""
-        weight = self._embedding_bag_collection.embedding_bags[config.name].weight
-        if not weight.numel():
-            return
-        with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
-            torch.manual_seed(derive_seed(torch.initial_seed(), config.name, self._env.rank))
-            config.init_fn(weight)
 
     def create_context(self) -> CompressedContext:
         """A fresh context for one batch."""

@@ -1,0 +1,85 @@
+"""Building a sharded collection: TorchRec shards the codebooks, then they and the assignments take over their state."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.config import has_sharded_assignments
+from cce_torchrec.distributed.id_sharding import check_replicated, graft, shard_replicated_codebooks, subset
+from cce_torchrec.distributed.replicated import requested_optimizers, train_replicated
+from cce_torchrec.hashing import derive_seed
+from cce_torchrec.lowering import LoweredTable
+
+
+def shard_codebooks(
+    module: CompressedEmbeddingBagCollection,
+    tables: list[LoweredTable],
+    params: dict[str, ParameterSharding],
+    ebc_sharder: EmbeddingBagCollectionSharder,
+    env: ShardingEnv,
+    device: torch.device,
+    module_fqn: str | None,
+) -> ShardedEmbeddingBagCollection:
+    """TorchRec shards the codebooks; those of tables whose assignments are sharded by id become a group of their own."""
+    check_replicated(tables, params)
+    collection = module._embedding_bag_collection
+    requests = requested_optimizers(collection)
+    by_id = [c for table in tables if has_sharded_assignments(table.config) for c in table.physical_configs]
+    names = {config.name for config in by_id}
+    by_row = [config for config in collection.embedding_bag_configs() if config.name not in names]
+    if by_row:
+        host = ebc_sharder.shard(subset(collection, by_row), params, env, device, module_fqn)
+        train_replicated(host, requests, sum_gradients=False)
+    if by_id:
+        guest = shard_replicated_codebooks(subset(collection, by_id), params, requests, ebc_sharder, env, device)
+        if not by_row:
+            return guest
+        graft(host, guest)
+    return host
+
+
+@torch.no_grad()
+def take_over_state(
+    module: CompressedEmbeddingBagCollection,
+    inner: ShardedEmbeddingBagCollection,
+    row_maps: nn.ModuleDict,
+    tables: list[LoweredTable],
+    env: ShardingEnv,
+) -> None:
+    """Copy weights and assignments of a real module; initialise those of a meta one. Replicas are rank 0's."""
+    if module.device.type == "meta":
+        for config in inner._embedding_bag_configs:
+            _init_shard(inner, config, env)
+    else:
+        inner.load_state_dict(module._embedding_bag_collection.state_dict())
+        row_maps.load_state_dict(module._row_maps.state_dict())
+    replicated = [
+        inner.embedding_bags[name].weight
+        for name, sharding in inner.module_sharding_plan.items()
+        if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+    ]
+    for table in tables:
+        buffers = dict(table.row_map.named_buffers())
+        if has_sharded_assignments(table.config):
+            del buffers["assignments"]
+        replicated.extend(buffers.values())
+    for tensor in replicated:  # ranks may have been built from different seeds
+        if tensor.numel():
+            # As bytes where the backend may not know the type: gloo has no int16.
+            data = tensor.data.view(torch.uint8) if tensor.dtype == torch.int16 else tensor.data
+            dist.broadcast(data, dist.get_global_rank(env.process_group, 0), env.process_group)
+
+
+def _init_shard(inner: ShardedEmbeddingBagCollection, config: EmbeddingBagConfig, env: ShardingEnv) -> None:
+    """Draw the local part of a codebook from a stream of its own: ranks with one seed must not draw equal shards."""
+    weight = inner.embedding_bags[config.name].weight
+    if not weight.numel():
+        return
+    assert config.init_fn is not None
+    with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(torch.initial_seed(), config.name, env.rank))
+        config.init_fn(weight)
