@@ -13,6 +13,7 @@ from torchrec.distributed.types import ModuleSharder, ParameterSharding, Shardin
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.distributed.groups import CLIENT_SIDE
+from cce_torchrec.distributed.replicated import requested_optimizers
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
 from cce_torchrec.methods import Column
 
@@ -50,8 +51,8 @@ class CompressedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompressedEmb
         """Shard a collection by a plan whose keys are its physical tables.
 
         Raises:
-            ValueError: where a table is missing in the plan, a codebook is too narrow for FBGEMM, a plan asks for a fused
-                kernel under data-parallel, or leaves a rank without rows.
+            ValueError: where a table is missing in the plan, a codebook is too narrow for FBGEMM, or the plan asks for a
+                fused kernel under data-parallel, a dense one that would leave an optimizer out, or shards without rows.
         """
         device = torch.device("cpu") if device is None else device
         missing = [name for name in self.shardable_parameters(module) if name not in params]
@@ -59,6 +60,12 @@ class CompressedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompressedEmb
             raise ValueError(
                 f"The sharding plan has no entry for {missing} (it has {list(params)}): plan with a planner that was "
                 "given this sharder, or add them. Column i of a table t is the physical table t:i."
+            )
+        requested = requested_optimizers(module._embedding_bag_collection)
+        fused = {"optimizer", "learning_rate"} & set(self.fused_params or {})
+        for name in self.shardable_parameters(module):
+            _check_kernel(
+                name, params[name], "apply_optimizer_in_backward" if name in requested else ", ".join(sorted(fused))
             )
         for table in module.lowered_tables:
             for name, column in zip(table.physical_names, table.row_map.columns, strict=True):
@@ -89,6 +96,17 @@ class CompressedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompressedEmb
     def sharded_module_type(self) -> type[ShardedCompressedEmbeddingBagCollection]:
         """What it makes."""
         return ShardedCompressedEmbeddingBagCollection
+
+
+def _check_kernel(physical_table: str, sharding: ParameterSharding, asked: str) -> None:
+    """Raise where TorchRec would leave out, without a word, an optimizer that was asked for."""
+    replicated = sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+    if asked and not replicated and sharding.compute_kernel == EmbeddingComputeKernel.DENSE.value:
+        raise ValueError(
+            f"{physical_table!r} is planned {sharding.sharding_type!r} with the 'dense' kernel, which ignores {asked}: plan "
+            "it with compute_kernel='fused' (construct_module_sharding_plan chooses 'dense' where none is given), or train "
+            "it with a dense optimizer."
+        )
 
 
 def _check_placement(

@@ -196,7 +196,12 @@ def shard_by_generator(model: Model, sharder: CompressedEmbeddingBagCollectionSh
 
 
 def shard_by_generators(model: Model, sharder: CompressedEmbeddingBagCollectionSharder) -> nn.Module:
-    generators = [sharding_plan.row_wise(), sharding_plan.table_wise(rank=1), sharding_plan.data_parallel()]
+    fused = {"compute_kernel": "fused"}
+    generators = [
+        sharding_plan.row_wise(**fused),
+        sharding_plan.table_wise(rank=1, **fused),
+        sharding_plan.data_parallel(),
+    ]
     plan = {name: generators[index % 3] for index, name in enumerate(physical_tables(model.collection))}
     model.collection = shard_one(model.collection, plan, sharder=sharder)
     return model
@@ -389,3 +394,23 @@ def test_what_torchrec_would_not_do_is_an_error(
 ) -> None:
     with pytest.raises(RankError, match=message):
         ranks2.run(check_refused, num_columns, placement)
+
+
+def check_dense_kernel(rank: int, world_size: int, in_backward: bool) -> None:
+    model = Model()
+    if in_backward:
+        apply_optimizer_in_backward(RowWiseAdagrad, model.collection.parameters(), {"lr": LEARNING_RATE})
+    dense = Placement("table_wise", (0,), kernel="dense")
+    shard(
+        model,
+        dict.fromkeys(physical_tables(model.collection), dense),
+        fused_params=None if in_backward else ROWWISE_ADAGRAD,
+    )
+
+
+@pytest.mark.parametrize(("in_backward", "asked"), [(True, "apply_optimizer_in_backward"), (False, "optimizer")])
+def test_a_dense_kernel_that_would_leave_an_optimizer_out_is_an_error(
+    ranks2: RankPool, in_backward: bool, asked: str
+) -> None:
+    with pytest.raises(RankError, match=f"'dense' kernel, which ignores .*{asked}"):
+        ranks2.run(check_dense_kernel, in_backward)
