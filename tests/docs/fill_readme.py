@@ -7,30 +7,18 @@ The tables are made by the benchmark's and the example's own functions, from `do
 `docs/results/quickstart.json`.
 """
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 from dlrm_example.quickstart import METHODS
 from dlrm_example.records import Summary
 from dlrm_example.report import summary_table
+from tests.scripts import ROOT, load_benchmark
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "movielens_8x.json"
 QUICKSTART = ROOT / "docs" / "results" / "quickstart.json"
 SHOWN = 110  # characters a line, up to the test AUROC
-
-
-def load_benchmark() -> ModuleType:
-    """The benchmark as a module; it is a script, not part of a package."""
-    spec = importlib.util.spec_from_file_location("movielens_8x", ROOT / "benchmarks" / "movielens_8x.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def record_quickstart(folder: Path) -> None:
@@ -52,7 +40,7 @@ def fill(readme: Path) -> None:
     _, after = rest.split("<!-- quickstart:end -->")
     block = f"<!-- quickstart:start -->\n```text\n{quickstart_table()}\n```\n<!-- quickstart:end -->"
     readme.write_text(before + block + after)
-    benchmark = load_benchmark()
+    benchmark = load_benchmark("movielens_8x")
     runs = [Summary(**run) for run in json.loads(RESULTS.read_text())["runs"]]
     benchmark.replace_in_readme(readme, benchmark.markdown_table(runs))
 

@@ -1,6 +1,5 @@
 """`make quickstart`, shortened, and the benchmark's table."""
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -9,8 +8,7 @@ import pytest
 
 from dlrm_example import quickstart
 from dlrm_example.records import Summary, read_metrics, read_summary
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import load_benchmark
 
 
 def test_quickstart_leaves_a_table_and_a_picture(
@@ -35,12 +33,7 @@ def test_quickstart_leaves_a_table_and_a_picture(
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("movielens_8x", ROOT / "benchmarks" / "movielens_8x.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("movielens_8x")
 
 
 def runs_of(benchmark: ModuleType) -> list[Summary]:

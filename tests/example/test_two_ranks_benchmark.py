@@ -1,22 +1,15 @@
 """The arithmetic and the words of `benchmarks/two_ranks.py`."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import load_benchmark
 
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("two_ranks", ROOT / "benchmarks" / "two_ranks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("two_ranks")
 
 
 def compared(benchmark: ModuleType, shift: float) -> dict:
