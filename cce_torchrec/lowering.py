@@ -15,7 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from cce_torchrec.config import method_of
-from cce_torchrec.methods import RowMap
+from cce_torchrec.methods import RowMap, RowMethod
 
 
 def _scaled_init(init_fn: Callable[[Tensor], Tensor | None], factor: float, weight: Tensor) -> Tensor:
@@ -89,6 +89,7 @@ def _row_map(config: EmbeddingBagConfig, device: torch.device | None) -> RowMap:
     A checkpoint of something else then lacks that name, and loading it fails before anything is read.
     """
     method = method_of(config)
+    assert isinstance(method, RowMethod)
     row_map = method.row_map(config.name, config.num_embeddings, config.embedding_dim, device)
     layout = method.layout(config.num_embeddings, config.embedding_dim).replace(".", ",")
     row_map.register_buffer(layout, torch.empty(0, dtype=torch.uint8, device=device))

@@ -1,6 +1,6 @@
 """Compression methods, one file each; ``METHODS`` is the registry, one line each."""
 
-from cce_torchrec.methods.base import Column, MethodConfig, RowMap
+from cce_torchrec.methods.base import Column, DecodeMethod, Decoder, MethodConfig, RowMap, RowMethod, TableSpec
 from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
@@ -15,4 +15,18 @@ METHODS: dict[str, type[MethodConfig]] = {
     CCE.key: CCE,
 }
 
-__all__ = ["CCE", "CE", "METHODS", "QR", "Column", "FullTable", "HashingTrick", "MethodConfig", "RowMap"]
+__all__ = [
+    "CCE",
+    "CE",
+    "METHODS",
+    "QR",
+    "Column",
+    "DecodeMethod",
+    "Decoder",
+    "FullTable",
+    "HashingTrick",
+    "MethodConfig",
+    "RowMap",
+    "RowMethod",
+    "TableSpec",
+]

@@ -1,12 +1,16 @@
-"""The contract of a row method: an id becomes, in every column, a few rows of a small table; their sum is its vector.
+"""The contract of a method: a frozen config (sizes, budgets; what users write), and one of two ways to a vector.
 
-    vector(id) = scale * concat_{i < C} ( sum_{j < R} W_i[ rows_i(id)_j ] )
+* A row method has a :class:`RowMap`, the id -> rows function with its state, buffers only. In every column an id becomes a
+  few rows of a small table, whose sum is its vector:
 
-A method is two things: a frozen config (:class:`MethodConfig`: sizes, budgets; what users write) and a :class:`RowMap`
-(the id -> rows function with its state, buffers only). Parameters are not here: the rows live in an ordinary TorchRec
-``EmbeddingBagCollection``, which is what makes every sharding type, kernel and optimizer work. See docs/add_a_method.md.
+      vector(id) = scale * concat_{i < C} ( sum_{j < R} W_i[ rows_i(id)_j ] )
 
-Shapes: N ids, C columns, R rows an id and column.
+  The rows live in an ordinary TorchRec ``EmbeddingBagCollection``, which is what makes every sharding type, kernel and
+  optimizer work.
+* A decode method has a :class:`Decoder`, which computes a vector per id from dense parameters of its own (a product, a
+  network, learned weights); vectors are then pooled. TorchRec replicates these parameters, as any dense module's.
+
+See docs/add_a_method.md. Shapes: N ids, C columns, R rows an id and column, D dims.
 """
 
 from abc import ABC, abstractmethod
@@ -61,6 +65,35 @@ class RowMap(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Compute the buffers anew, as after construction; for maps built on the meta device."""
+
+
+class Decoder(nn.Module, ABC):
+    """Ids to vectors, for one logical table; parameters are dense, everything else it stores is in buffers.
+
+    Attributes:
+        bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.
+    """
+
+    bounded: bool = False
+
+    @abstractmethod
+    def forward(self, ids_N: Tensor) -> Tensor:
+        """The vector of each id.
+
+        Args:
+            ids_N: int64 [N], N may be 0; inside [0, num_embeddings) where the decoder is ``bounded``.
+
+        Returns:
+            float32 [N, D], whatever the type of the parameters; memory grows with N, not with V.
+        """
+
+    def stored_bytes(self) -> int:
+        """Bytes of everything stored beside the parameters."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters (from torch's global generator) and compute the buffers anew; for decoders built on "meta"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +153,42 @@ class MethodConfig(ABC):
         """The fields that say what is stored, defaults filled in."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "seed"}
 
+
+class RowMethod(MethodConfig):
+    """A method whose vectors are sums of rows."""
+
     @abstractmethod
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         """Build the id -> rows function of the table named ``table``, which seeds its hashes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """The table that a decoder stands for.
+
+    Attributes:
+        name: seeds its hashes.
+        num_embeddings: V, its ids.
+        embedding_dim: D, dims of its vectors.
+        std: the standard deviation that the elements of vectors shall have at the start, that of the full table's.
+        dtype: of the parameters.
+        device: of parameters and buffers; "meta" builds neither.
+    """
+
+    name: str
+    num_embeddings: int
+    embedding_dim: int
+    std: float
+    dtype: torch.dtype
+    device: torch.device | None
+
+
+class DecodeMethod(MethodConfig):
+    """A method whose vectors are computed, id by id, from dense parameters."""
+
+    @abstractmethod
+    def decoder(self, table: TableSpec) -> Decoder:
+        """Build the id -> vector function of a table."""
 
 
 def check_positive(**values: int) -> None:

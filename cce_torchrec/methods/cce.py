@@ -9,8 +9,8 @@ from torch import Tensor
 from cce_torchrec.hashing import hash_coefficients, hash_rows
 from cce_torchrec.methods.base import (
     Column,
-    MethodConfig,
     RowMap,
+    RowMethod,
     budget_rows,
     check_divides,
     check_positive,
@@ -110,7 +110,7 @@ class CCERowMap(RowMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CCE(MethodConfig):
+class CCE(RowMethod):
     """Clustered compositional embeddings: vector(id) = concat_i ( M_i[h_i(id)] + M'_i[h'_i(id)] ).
 
     ``h_i`` is a stored assignment (a hash until the first re-clustering), ``h'_i`` a hash function. :func:`recluster`

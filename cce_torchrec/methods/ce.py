@@ -9,8 +9,8 @@ from torch import Tensor
 from cce_torchrec.hashing import hash_coefficients, hash_rows
 from cce_torchrec.methods.base import (
     Column,
-    MethodConfig,
     RowMap,
+    RowMethod,
     budget_rows,
     check_divides,
     check_positive,
@@ -41,7 +41,7 @@ class HashedRowMap(RowMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CE(MethodConfig):
+class CE(RowMethod):
     """Compositional embeddings, concatenated: vector(id) = concat_i W_i[h_i(id)].
 
     Two ids share a vector only where all c hashes collide, which is rare even with few rows.

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cce_torchrec.methods.base import Column, MethodConfig, RowMap, budget_rows
+from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows
 
 
 class FullRowMap(RowMap):
@@ -23,7 +23,7 @@ class FullRowMap(RowMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullTable(MethodConfig):
+class FullTable(RowMethod):
     """No compression: vector(id) = W[id].
 
     Example:

@@ -5,12 +5,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from cce_torchrec.methods.base import MethodConfig, RowMap, budget_rows, check_rows
+from cce_torchrec.methods.base import RowMap, RowMethod, budget_rows, check_rows
 from cce_torchrec.methods.ce import HashedRowMap
 
 
 @dataclass(frozen=True, kw_only=True)
-class HashingTrick(MethodConfig):
+class HashingTrick(RowMethod):
     """The hashing trick: vector(id) = W[h(id)].
 
     Args:

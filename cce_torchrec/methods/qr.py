@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from cce_torchrec.methods.base import Column, MethodConfig, RowMap, budget_rows, check_divides, check_positive
+from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows, check_divides, check_positive
 
 Operation = Literal["add", "concat"]
 
@@ -39,7 +39,7 @@ class QRRowMap(RowMap):
 
 
 @dataclass(frozen=True, kw_only=True)
-class QR(MethodConfig):
+class QR(RowMethod):
     """Quotient-remainder: vector(id) = R[id mod m] + Q[id div m], or their concatenation; every id has its own pair.
 
     Args:
