@@ -43,6 +43,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from benchmarks.harness import RESULTS, Spread, markdown_table, provenance, ratio, take_turns, write_results
 from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
+from cce_torchrec.methods.cce import smallest_int_dtype
 
 NAME = "sharded_step"
 
@@ -293,7 +294,8 @@ def expected_bytes(way: Way, sizes: Sizes) -> dict[str, float]:
     ids = others * B * F * (n + 1) * 8  # and as many lengths
     codebooks = 2 * others * F * 2 * sizes.num_rows * D * 4
     if way.by_id:
-        return {"ids": others * B * F * n * 8 + (W - 1) * B * F * 8, "pooled": W * pooled, "gradients": codebooks}
+        assignments = sizes.num_columns * torch.iinfo(smallest_int_dtype(sizes.num_rows)).bits // 8
+        return {"ids": others * B * F * n * (8 + assignments), "pooled": 0, "gradients": codebooks}
     if way.sharding_type == "data_parallel":
         return {"ids": 0, "pooled": 0, "gradients": codebooks}
     if way.sharding_type == "table_wise":

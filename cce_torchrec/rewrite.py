@@ -6,8 +6,9 @@ Shapes: F logical features, P physical features, B batch size, N ids of one tabl
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -16,6 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.methods import RowMap
+from cce_torchrec.methods.cce import CCERowMap
 
 
 def select_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
@@ -89,12 +92,18 @@ class RowRewriter:
         self._rows_per_id_P1 = torch.tensor(rows_per_id_P, dtype=torch.int64).unsqueeze(1)
 
     @torch.no_grad()
-    def __call__(self, features: KeyedJaggedTensor, key_prefix: str = "") -> KeyedJaggedTensor:
+    def __call__(
+        self,
+        features: KeyedJaggedTensor,
+        key_prefix: str = "",
+        assigned: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+    ) -> KeyedJaggedTensor:
         """Rewrite a batch.
 
         Args:
             features: ids; must hold every feature of the tables, in any order.
             key_prefix: what the keys of the result begin with.
+            assigned: by table, checked ids and their assignments [N, c], where those are not on this rank.
 
         Returns:
             Rows; keys are the physical features in the order of the physical tables.
@@ -111,7 +120,7 @@ class RowRewriter:
         self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)
         ends = features.offset_per_key()
         rows = [
-            table.row_map.rows(check(ids_N) if table.row_map.bounded else ids_N)
+            _rows(table.row_map, check, ids_N, assigned.get(table.name))
             for table, check, ids_N in zip(self.tables, self._checks, self._split(features.values(), ends), strict=True)
         ]
         return KeyedJaggedTensor(
@@ -141,6 +150,14 @@ class RowRewriter:
         """Cut what is stored by feature into what belongs to each table."""
         cuts = [ends[end] for end in self._feature_ends]
         return [values[start:end] for start, end in itertools.pairwise([0, *cuts])]
+
+
+def _rows(row_map: RowMap, check: BoundsCheck, ids_N: Tensor, assigned: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The rows of the ids of one table: [C, N, R]."""
+    if assigned is not None:
+        assert isinstance(row_map, CCERowMap)
+        return row_map.rows_of(*assigned)
+    return row_map.rows(check(ids_N) if row_map.bounded else ids_N)
 
 
 @dataclass(frozen=True)

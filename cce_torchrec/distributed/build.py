@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import has_sharded_assignments
-from cce_torchrec.distributed.id_sharding import check_replicated, graft, shard_replicated_codebooks, subset
+from cce_torchrec.distributed.id_sharding import check_replicated
 from cce_torchrec.distributed.replicated import requested_optimizers, train_replicated
 from cce_torchrec.hashing import derive_seed
 from cce_torchrec.lowering import LoweredTable
@@ -24,22 +24,13 @@ def shard_codebooks(
     device: torch.device,
     module_fqn: str | None,
 ) -> ShardedEmbeddingBagCollection:
-    """TorchRec shards the codebooks; those of tables whose assignments are sharded by id become a group of their own."""
+    """TorchRec shards the codebooks; replicated ones train as they were asked to."""
     check_replicated(tables, params)
     collection = module._embedding_bag_collection
     requests = requested_optimizers(collection)
-    by_id = [c for table in tables if has_sharded_assignments(table.config) for c in table.physical_configs]
-    names = {config.name for config in by_id}
-    by_row = [config for config in collection.embedding_bag_configs() if config.name not in names]
-    if by_row:
-        host = ebc_sharder.shard(subset(collection, by_row), params, env, device, module_fqn)
-        train_replicated(host, requests, sum_gradients=False)
-    if by_id:
-        guest = shard_replicated_codebooks(subset(collection, by_id), params, requests, ebc_sharder, env, device)
-        if not by_row:
-            return guest
-        graft(host, guest)
-    return host
+    sharded = ebc_sharder.shard(collection, params, env, device, module_fqn)
+    train_replicated(sharded, requests)
+    return sharded
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """Where ids become rows: one group a sharding type of the inner collection, on the client or on the owner.
 
 * ``client``: every rank rewrites its own batch, and rows travel (row-wise codebooks: only the row tells the owner).
-* ``owner``: ids travel, once a table and owner instead of c * R rows each, and the owner rewrites them: the owner of the
-  codebook, or of the id's assignment where assignments are sharded by id.
+* ``owner``: ids travel, once a table and owner instead of c * R rows each, and the owner of the codebook rewrites them; the
+  owner of a replicated codebook is every rank, for its own batch.
+* ``fetch``: as the owner of replicated codebooks, but assignments that are sharded by id are fetched first (fetch.py).
 
-Both have the same two steps: :meth:`distribute` before the all-to-all, :meth:`localize` after it.
+All have the same two steps: :meth:`distribute` before the all-to-all, :meth:`localize` after it.
 """
 
 from collections.abc import Sequence
@@ -13,22 +14,29 @@ from typing import Protocol
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
-from torchrec.distributed.embedding_sharding import EmbeddingSharding
-from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
+from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingContext
 from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.distributed.types import Awaitable, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from cce_torchrec.config import has_sharded_assignments
+from cce_torchrec.distributed.fetch import FetchGroup
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.rewrite import RowRewriter, select_features
 
-ID_SHARDED = "id_sharded"
 CLIENT_SIDE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
 
 
 def _stamp(version: int) -> str:
     """What the names of rows begin with: lookups go by position, so names are free to tell where rows come from."""
     return f"{version}|"
+
+
+def _context(sent: KeyedJaggedTensor) -> EmbeddingShardingContext:
+    return EmbeddingShardingContext(
+        batch_size_per_feature_pre_a2a=sent.stride_per_key(),
+        variable_batch_per_feature=sent.variable_stride_per_key(),
+    )
 
 
 class Group(Protocol):
@@ -39,8 +47,8 @@ class Group(Protocol):
 
     def distribute(
         self, features: KeyedJaggedTensor, version: int
-    ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
-        """What this rank sends, and the awaitable of what it will receive.
+    ) -> tuple[EmbeddingShardingContext, Awaitable[Awaitable[KeyedJaggedTensor]]]:
+        """What there is to remember of the batch, and the awaitable of what this rank will receive.
 
         Args:
             features: this rank's batch of ids.
@@ -50,8 +58,8 @@ class Group(Protocol):
     def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
         """Whether what was received was computed from assignments of another version."""
 
-    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
-        """What this rank looks up."""
+    def localize(self, received: KeyedJaggedTensor, context: EmbeddingShardingContext) -> KeyedJaggedTensor:
+        """What this rank looks up, given what :meth:`distribute` remembered."""
 
 
 class ClientGroup:
@@ -65,14 +73,14 @@ class ClientGroup:
 
     def distribute(
         self, features: KeyedJaggedTensor, version: int
-    ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
+    ) -> tuple[EmbeddingShardingContext, Awaitable[Awaitable[KeyedJaggedTensor]]]:
         rows = self._rewrite(features, key_prefix=_stamp(version))
-        return rows, self.input_dist(rows)
+        return _context(rows), self.input_dist(rows)
 
     def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
         return any(not key.startswith(_stamp(version)) for key in received.keys()[:1])
 
-    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    def localize(self, received: KeyedJaggedTensor, context: EmbeddingShardingContext) -> KeyedJaggedTensor:
         return received
 
 
@@ -88,14 +96,14 @@ class OwnerGroup:
 
     def distribute(
         self, features: KeyedJaggedTensor, version: int
-    ) -> tuple[KeyedJaggedTensor, Awaitable[Awaitable[KeyedJaggedTensor]]]:
+    ) -> tuple[EmbeddingShardingContext, Awaitable[Awaitable[KeyedJaggedTensor]]]:
         ids = select_features(features, self._features)
-        return ids, self.input_dist(ids)
+        return _context(ids), self.input_dist(ids)
 
     def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
         return False
 
-    def localize(self, received: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    def localize(self, received: KeyedJaggedTensor, context: EmbeddingShardingContext) -> KeyedJaggedTensor:
         return self._rewrite(received)
 
 
@@ -128,12 +136,9 @@ def make_group(
         return ClientGroup(sharding, rewriter(sharding.feature_names()))
     if sharding_type == ShardingType.DATA_PARALLEL.value:
         local = rewriter(sharding.feature_names())
+        if any(has_sharded_assignments(table.config) for table in local.tables):
+            return FetchGroup(local, env, device, mode)
         return OwnerGroup(sharding.create_input_dist(), local.features, local)
-    if sharding_type == ID_SHARDED:
-        local = rewriter(sharding.feature_names())
-        sizes = [table.config.num_embeddings for table in local.tables for _ in table.config.feature_names]
-        by_id = RwSparseFeaturesDist(env.process_group, len(sizes), sizes, device=device, keep_original_indices=True)
-        return OwnerGroup(by_id, local.features, local)
     per_rank = [rewriter(names) for names in sharding.feature_names_per_rank()]
     input_dist = TwSparseFeaturesDist(env.process_group, [len(rank.features) for rank in per_rank])
     return OwnerGroup(input_dist, [name for rank in per_rank for name in rank.features], per_rank[env.rank])

@@ -1,13 +1,5 @@
-"""Assignments sharded by id: a rank knows the rows of its block of ids, and has a replica of the codebooks.
+"""Assignments sharded by id: each rank holds those of its block of ids, and a replica of the codebooks (see fetch.py)."""
 
-    ids -> all-to-all by block of ids -> rows (local assignments) -> lookup in the replica -> reduce-scatter of pooled sums
-
-Each rank looks up the ids of *all* ranks' batches that lie in its block, so the gradients of its replica are partial and
-add up over ranks. TorchRec's reduce-scatter divides gradients by the number of ranks in its backward; the replicas'
-all-reduce must therefore sum where DDP would take the mean.
-"""
-
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,16 +9,9 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardedTensorMetadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
 from torch.distributed._shard.sharding_spec import ShardMetadata
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
-from torchrec.distributed.sharding.rw_sharding import RwPooledEmbeddingDist
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim.keyed import CombinedOptimizer
 
 from cce_torchrec.config import has_sharded_assignments
-from cce_torchrec.distributed.groups import ID_SHARDED
-from cce_torchrec.distributed.replicated import OptimizerRequest, train_replicated
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods.cce import CCERowMap
 
@@ -78,15 +63,6 @@ def _to_local_block(row_map: nn.Module, state: dict[str, Any], prefix: str, *_: 
         state[prefix + "assignments"] = value[row_map.first_id : row_map.first_id + len(row_map.assignments)]
 
 
-def subset(collection: EmbeddingBagCollection, configs: list[EmbeddingBagConfig]) -> EmbeddingBagCollection:
-    """A collection of some of the tables, which shares their parameters."""
-    part = EmbeddingBagCollection(configs, collection.is_weighted(), torch.device("meta"))
-    for config in configs:
-        part.embedding_bags[config.name] = collection.embedding_bags[config.name]
-    part._device = collection.device
-    return part
-
-
 def check_replicated(tables: list[LoweredTable], params: dict[str, ParameterSharding]) -> None:
     """Raise a ``ValueError`` where the codebooks of an id-sharded table are not data-parallel."""
     for table in tables:
@@ -98,34 +74,3 @@ def check_replicated(tables: list[LoweredTable], params: dict[str, ParameterShar
                     f"{name!r} is planned {sharding_type!r}: constrain it to 'data_parallel', as "
                     "cce_torchrec.parameter_constraints does, or replicate its assignments."
                 )
-
-
-def shard_replicated_codebooks(
-    collection: EmbeddingBagCollection,
-    params: dict[str, ParameterSharding],
-    requests: Mapping[str, OptimizerRequest],
-    ebc_sharder: EmbeddingBagCollectionSharder,
-    env: ShardingEnv,
-    device: torch.device,
-) -> ShardedEmbeddingBagCollection:
-    """Shard codebooks data-parallel, with partial pooled sums out and gradients summed."""
-    sharded = ebc_sharder.shard(collection, params, env=env, device=device)
-    train_replicated(sharded, requests, sum_gradients=True)
-    codecs = ebc_sharder.qcomm_codecs_registry
-    sharded._output_dists = [RwPooledEmbeddingDist(env.process_group, sharded._embedding_dims, codecs)]
-    sharded._sharding_types = [ID_SHARDED]
-    return sharded
-
-
-def graft(host: ShardedEmbeddingBagCollection, guest: ShardedEmbeddingBagCollection) -> None:
-    """Make the tables of ``guest`` one more group of ``host``, looked up and sent back beside its own."""
-    host._embedding_shardings.extend(guest._embedding_shardings)
-    host._lookups.extend(guest._lookups)
-    host._output_dists.extend(guest._output_dists)
-    host._sharding_types.extend(guest._sharding_types)
-    host._embedding_names.extend(guest._embedding_names)
-    host._embedding_dims.extend(guest._embedding_dims)
-    host._embedding_bag_configs.extend(guest._embedding_bag_configs)
-    host.module_sharding_plan.update(guest.module_sharding_plan)
-    host.embedding_bags.update(guest.embedding_bags.items())
-    host._optim = CombinedOptimizer([*host._optim.optimizers, *guest._optim.optimizers])

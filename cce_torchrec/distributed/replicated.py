@@ -108,15 +108,12 @@ class _Reduction:
     """How one DDP module reduces, and whom it steps: the tables in each of its flat parameters, by ``id``."""
 
     group: dist.ProcessGroup
-    divide_by: int
     slices: Mapping[int, list[_Slice]]
 
 
 def _reduce_then_step(reduction: _Reduction, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """A DDP communication hook: all-reduce a bucket, then step the optimizers of the tables in it."""
-    buffer = bucket.buffer()
-    if reduction.divide_by > 1:
-        buffer.div_(reduction.divide_by)
+    buffer = bucket.buffer().div_(dist.get_world_size(reduction.group))
     work = dist.all_reduce(buffer, group=reduction.group, async_op=True)
 
     def finish(future: torch.futures.Future[Any]) -> Tensor:
@@ -128,15 +125,12 @@ def _reduce_then_step(reduction: _Reduction, bucket: dist.GradBucket) -> torch.f
     return work.get_future().then(finish)
 
 
-def train_replicated(
-    sharded: ShardedEmbeddingBagCollection, requests: Mapping[str, OptimizerRequest], *, sum_gradients: bool
-) -> None:
+def train_replicated(sharded: ShardedEmbeddingBagCollection, requests: Mapping[str, OptimizerRequest]) -> None:
     """Give the data-parallel tables of a sharded collection the optimizers that were asked for.
 
     Args:
         sharded: TorchRec's collection; its fused optimizer is extended.
         requests: by physical table; tables without one keep their gradients, for a dense optimizer.
-        sum_gradients: whether gradients of the replicas add up instead of being averaged.
     """
     optimizers: dict[str, InBackwardOptimizer] = {}
     slices: dict[int, list[_Slice]] = {}
@@ -148,11 +142,10 @@ def train_replicated(
         weight._in_backward_optimizers = [optimizers[table]]
         place = _Slice(weight._start_offset, weight._end_offset, optimizers[table])
         slices.setdefault(id(weight._original_tensor), []).append(place)
-    if not optimizers and not sum_gradients:
+    if not optimizers:
         return
     for lookup in sharded._lookups:
         if isinstance(lookup, DistributedDataParallel):
-            divide_by = 1 if sum_gradients else dist.get_world_size(lookup.process_group)
-            lookup.register_comm_hook(_Reduction(lookup.process_group, divide_by, slices), _reduce_then_step)
+            lookup.register_comm_hook(_Reduction(lookup.process_group, slices), _reduce_then_step)
     own = [("", optimizer) for optimizer in optimizers.values()]
     sharded._optim = CombinedOptimizer([*sharded._optim.optimizers, *own])

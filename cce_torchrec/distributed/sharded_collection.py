@@ -13,11 +13,7 @@ import torch
 import torch.distributed as dist
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
-from torchrec.distributed.embedding_sharding import (
-    EmbeddingShardingContext,
-    FusedKJTListSplitsAwaitable,
-    KJTListSplitsAwaitable,
-)
+from torchrec.distributed.embedding_sharding import FusedKJTListSplitsAwaitable, KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
 from torchrec.distributed.embeddingbag import (
     EmbeddingBagCollectionContext,
@@ -133,14 +129,9 @@ class ShardedCompressedEmbeddingBagCollection(
             ctx.factors_BF = self._relabel.factors(features)
             awaitables = []
             for group in self._groups:
-                sent, received = group.distribute(features, self._version)
+                context, received = group.distribute(features, self._version)
                 awaitables.append(received)
-                ctx.sharding_contexts.append(
-                    EmbeddingShardingContext(
-                        batch_size_per_feature_pre_a2a=sent.stride_per_key(),
-                        variable_batch_per_feature=sent.variable_stride_per_key(),
-                    )
-                )
+                ctx.sharding_contexts.append(context)
             return KJTListSplitsAwaitable(awaitables, ctx)
 
     def _localize(self, ctx: CompressedContext, received: KJTList) -> KJTList:
@@ -156,7 +147,8 @@ class ShardedCompressedEmbeddingBagCollection(
             request = self.input_dist(ctx, features)
             received = FusedKJTListSplitsAwaitable([request], [ctx], self._env.process_group).wait()[0].wait()
         ctx.features = None
-        return KJTList([group.localize(kjt) for group, kjt in zip(self._groups, received, strict=True)])
+        groups = zip(self._groups, received, ctx.sharding_contexts, strict=True)
+        return KJTList([group.localize(kjt, context) for group, kjt, context in groups])
 
     def compute(self, ctx: CompressedContext, dist_input: KJTList) -> list[Tensor]:
         """Look up what this rank received."""

@@ -92,9 +92,10 @@ class CCERowMap(RowMap):
 
     def main_rows(self, ids_N: Tensor) -> Tensor:
         """Row of the main codebook of each id: int64 [c, N]."""
-        return self._main_rows_NC(ids_N).T.to(torch.int64)
+        return self.assigned(ids_N).T.to(torch.int64)
 
-    def _main_rows_NC(self, ids_N: Tensor) -> Tensor:
+    def assigned(self, ids_N: Tensor) -> Tensor:
+        """The stored assignments of ids of this block: [N, c]."""
         local_N = ids_N - self.first_id if self.first_id else ids_N
         return torch.index_select(self.assignments, 0, local_N)  # twice as fast as indexing
 
@@ -103,8 +104,12 @@ class CCERowMap(RowMap):
         return hash_rows(ids_N, self.helper_coefficients, self.num_helper_rows)
 
     def rows(self, ids_N: Tensor) -> Tensor:
+        return self.rows_of(ids_N, self.assigned(ids_N))
+
+    def rows_of(self, ids_N: Tensor, assigned_NC: Tensor) -> Tensor:
+        """:meth:`rows` of ids whose assignments are known already: int64 [c, N, 2]."""
         rows_CNR = torch.empty(len(self.columns), len(ids_N), 2, dtype=torch.int64, device=ids_N.device)
-        rows_CNR[..., 0] = self._main_rows_NC(ids_N).T
+        rows_CNR[..., 0] = assigned_NC.T
         torch.add(self.helper_rows(ids_N), self.num_main_rows, out=rows_CNR[..., 1])
         return rows_CNR
 
