@@ -74,7 +74,9 @@ def check_training(rank: int, world_size: int, assignments: str, rest: Placement
     assert not dict(in_backward_optimizer_filter(dmp.named_parameters()))
     theirs = RowwiseAdagrad(reference, {})
     for step in range(4):
-        batches = [batch(torch.Generator().manual_seed(10 * step + r), 5) for r in range(world_size)]
+        # TorchRec's own backward of row-wise tables takes batches of one size only.
+        sizes = [5 + 2 * r if rest is DATA_PARALLEL else 5 for r in range(world_size)]
+        batches = [batch(torch.Generator().manual_seed(10 * step + r), size) for r, size in enumerate(sizes)]
         expected = train_step(reference, batches)[rank]
         theirs.step()
         pooled = dmp(batches[rank])
@@ -106,6 +108,31 @@ def test_training_in_backward_on_2_ranks(ranks2: RankPool, assignments: str, res
 
 def test_training_in_backward_on_4_ranks(ranks4: RankPool) -> None:
     ranks4.run(check_training, "sharded", None)
+
+
+def check_schedule(rank: int, world_size: int, learning_rates: list[float]) -> None:
+    """Learning rates that are changed after sharding, as schedulers do; tables take turns with those of the list."""
+    reference, lr = Model(mixed_tables()), learning_rates[0]
+    model = Model(mixed_tables())
+    apply_optimizer_in_backward(torch.optim.SGD, model.collection.parameters(), {"lr": LEARNING_RATE})
+    model.load_state_dict(reference.state_dict())
+    dmp = shard(model, dict.fromkeys(physical_tables(model.collection), DATA_PARALLEL))
+    for index, group in enumerate(dmp.fused_optimizer.param_groups):
+        group["lr"] = learning_rates[index % len(learning_rates)]
+    batches = [batch(torch.Generator().manual_seed(r), 5) for r in range(world_size)]
+    train_step(reference, batches)
+    torch.optim.SGD(reference.parameters(), lr=lr).step()
+    loss_of(dmp(batches[rank])).backward()
+    torch.testing.assert_close(whole_state(dmp), dict(sorted(reference.state_dict().items())), rtol=1e-4, atol=1e-5)
+
+
+def test_learning_rates_can_be_scheduled(ranks2: RankPool) -> None:
+    ranks2.run(check_schedule, [LEARNING_RATE / 3])
+
+
+def test_tables_that_step_together_have_one_learning_rate(ranks2: RankPool) -> None:
+    with pytest.raises(RankError, match=r"step together but were given different options.*before sharding"):
+        ranks2.run(check_schedule, [0.1, 0.2])
 
 
 def check_blocks(rank: int, world_size: int) -> None:
