@@ -20,7 +20,7 @@ class CompressedEmbeddingBagConfig(EmbeddingBagConfig):
         method: a config from :data:`cce_torchrec.METHODS`; the full table by default.
         assignment_placement: across ranks, whether each holds the assignments of all ids ("replicated") or of its block
             of ceil(V / ranks) ids ("sharded"), for vocabularies that do not fit. Codebooks of a "sharded" table are
-            data-parallel: ids travel to the rank that knows their assignment, and partial sums travel back.
+            data-parallel: ids travel to the rank that knows their assignments, and these travel back.
 
     Example:
         >>> from cce_torchrec.methods import CCE

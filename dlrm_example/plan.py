@@ -31,7 +31,7 @@ def make_plan(
     sharders = get_sharders()
     planner = EmbeddingShardingPlanner(
         batch_size=batch_size,
-        constraints=parameter_constraints(model, _wishes(collection, group.size())),
+        constraints=parameter_constraints(model, _wishes(collection, group.size()), batch_size=batch_size),
         storage_reservation=CompressedStorageReservation(),
     )
     return planner.collective_plan(model, sharders, group), sharders
