@@ -16,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.native import library
 
 
 def select_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
@@ -110,17 +111,35 @@ class RowRewriter:
         self._feature_P = self._feature_P.to(lengths_FB.device)
         self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)
         ends = features.offset_per_key()
-        rows = [
-            table.row_map.rows(check(ids_N) if table.row_map.bounded else ids_N)
-            for table, check, ids_N in zip(self.tables, self._checks, self._split(features.values(), ends), strict=True)
-        ]
         return KeyedJaggedTensor(
             keys=[key_prefix + key for key in self._keys] if key_prefix else self._keys,
-            values=self._gather(rows),
-            lengths=(lengths_FB[self._feature_P] * self._rows_per_id_P1.to(lengths_FB.dtype)).view(-1),
+            values=self._rows(self._split(features.values(), ends)),
+            lengths=lengths_FB.index_select(0, self._feature_P).mul_(self._rows_per_id_P1.to(lengths_FB.dtype)).view(-1),
             weights=self._gather(self._weights(features, ends)) if self._is_weighted else None,
             stride=features.stride(),
         )
+
+    def _rows(self, ids: list[Tensor]) -> Tensor:
+        """The rows of the ids of each table, in the order of the physical tables."""
+        if ids[0].device.type != "cpu" or library() is None:
+            return self._gather([self._checked_rows(table, ids_N) for table, ids_N in enumerate(ids)])
+        rows = [len(ids_N) * table.row_map.rows_per_id for table, ids_N in zip(self.tables, ids, strict=True)]
+        starts: list[list[int | None]] = [[None] * len(table.row_map.columns) for table in self.tables]
+        end = 0
+        for table, column in self._pieces:
+            starts[table][column] = end
+            end += rows[table]
+        values_M = torch.empty(end, dtype=torch.int64)
+        for table, (ids_N, starts_C) in enumerate(zip(ids, starts, strict=True)):
+            if not self.tables[table].row_map.write_rows(ids_N, values_M, starts_C):
+                for start, rows_NR in zip(starts_C, self._checked_rows(table, ids_N), strict=True):
+                    if start is not None:
+                        values_M[start : start + rows[table]] = rows_NR.reshape(-1)
+        return values_M
+
+    def _checked_rows(self, table: int, ids_N: Tensor) -> Tensor:
+        row_map = self.tables[table].row_map
+        return row_map.rows(self._checks[table](ids_N) if row_map.bounded else ids_N)
 
     def _gather(self, pieces: list[Tensor]) -> Tensor:
         """Flatten [C, N, R] pieces, a table each, into the order of the physical tables."""
