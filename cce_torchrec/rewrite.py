@@ -17,8 +17,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.lowering import LoweredTable
-from cce_torchrec.methods import RowMap
 from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.native import library
 
 
 def select_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJaggedTensor:
@@ -119,17 +119,41 @@ class RowRewriter:
         self._feature_P = self._feature_P.to(lengths_FB.device)
         self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)
         ends = features.offset_per_key()
-        rows = [
-            _rows(table.row_map, check, ids_N, assigned.get(table.name))
-            for table, check, ids_N in zip(self.tables, self._checks, self._split(features.values(), ends), strict=True)
-        ]
         return KeyedJaggedTensor(
             keys=[key_prefix + key for key in self._keys] if key_prefix else self._keys,
-            values=self._gather(rows),
-            lengths=(lengths_FB[self._feature_P] * self._rows_per_id_P1.to(lengths_FB.dtype)).view(-1),
+            values=self._rows(self._split(features.values(), ends), assigned),
+            lengths=lengths_FB.index_select(0, self._feature_P)
+            .mul_(self._rows_per_id_P1.to(lengths_FB.dtype))
+            .view(-1),
             weights=self._gather(self._weights(features, ends)) if self._is_weighted else None,
             stride=features.stride(),
         )
+
+    def _rows(self, ids: list[Tensor], assigned: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """The rows of the ids of each table, in the order of the physical tables."""
+        if ids[0].device.type != "cpu" or library() is None:
+            return self._gather([self._checked_rows(table, ids_N, assigned) for table, ids_N in enumerate(ids)])
+        rows = [len(ids_N) * table.row_map.rows_per_id for table, ids_N in zip(self.tables, ids, strict=True)]
+        starts: list[list[int | None]] = [[None] * len(table.row_map.columns) for table in self.tables]
+        end = 0
+        for table, column in self._pieces:
+            starts[table][column] = end
+            end += rows[table]
+        values_M = torch.empty(end, dtype=torch.int64)
+        for table, (ids_N, starts_C) in enumerate(zip(ids, starts, strict=True)):
+            known = self.tables[table].name in assigned
+            if known or not self.tables[table].row_map.write_rows(ids_N, values_M, starts_C):
+                for start, rows_NR in zip(starts_C, self._checked_rows(table, ids_N, assigned), strict=True):
+                    if start is not None:
+                        values_M[start : start + rows[table]] = rows_NR.reshape(-1)
+        return values_M
+
+    def _checked_rows(self, table: int, ids_N: Tensor, assigned: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
+        row_map, known = self.tables[table].row_map, assigned.get(self.tables[table].name)
+        if known is not None:
+            assert isinstance(row_map, CCERowMap)
+            return row_map.rows_of(*known)
+        return row_map.rows(self._checks[table](ids_N) if row_map.bounded else ids_N)
 
     def _gather(self, pieces: list[Tensor]) -> Tensor:
         """Flatten [C, N, R] pieces, a table each, into the order of the physical tables."""
@@ -150,14 +174,6 @@ class RowRewriter:
         """Cut what is stored by feature into what belongs to each table."""
         cuts = [ends[end] for end in self._feature_ends]
         return [values[start:end] for start, end in itertools.pairwise([0, *cuts])]
-
-
-def _rows(row_map: RowMap, check: BoundsCheck, ids_N: Tensor, assigned: tuple[Tensor, Tensor] | None) -> Tensor:
-    """The rows of the ids of one table: [C, N, R]."""
-    if assigned is not None:
-        assert isinstance(row_map, CCERowMap)
-        return row_map.rows_of(*assigned)
-    return row_map.rows(check(ids_N) if row_map.bounded else ids_N)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ See docs/add_a_method.md. Shapes: N ids, C columns, R rows an id and column, D d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -58,6 +58,19 @@ class RowMap(nn.Module, ABC):
         Returns:
             int64 [C, N, R], contiguous.
         """
+
+    def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
+        """Write what :meth:`rows` returns straight to where it is looked up, where a native kernel can; optional.
+
+        Args:
+            ids_N: any ids, not checked yet.
+            values_M: int64 [M], the rows of many tables.
+            starts_C: where in it the N * R rows of each column begin; ``None`` leaves the column out.
+
+        Returns:
+            Whether it was done. It must decline where :meth:`rows` could fail, an id out of bounds for one.
+        """
+        return False
 
     def stored_bytes(self) -> int:
         """Bytes of everything stored beside the parameters."""

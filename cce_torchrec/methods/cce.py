@@ -1,5 +1,6 @@
 """Clustered compositional embeddings (CCE): concatenated columns whose assignments are learned by re-clustering."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from cce_torchrec.methods.base import (
     default_num_columns,
     id_chunks,
 )
+from cce_torchrec.native.rows import write_assigned_rows
 
 
 def smallest_int_dtype(num_values: int) -> torch.dtype:
@@ -112,6 +114,18 @@ class CCERowMap(RowMap):
         rows_CNR[..., 0] = assigned_NC.T
         torch.add(self.helper_rows(ids_N), self.num_main_rows, out=rows_CNR[..., 1])
         return rows_CNR
+
+    def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
+        return write_assigned_rows(
+            ids_N,
+            self.assignments,
+            self.first_id,
+            self.helper_coefficients,
+            self.num_helper_rows,
+            values_M,
+            starts_C,
+            hashed_from=self.num_main_rows,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Compositional embeddings by concatenation (CE): every column of the vector is hashed on its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from cce_torchrec.methods.base import (
     check_rows,
     default_num_columns,
 )
+from cce_torchrec.native.rows import write_hashed_rows
 
 
 class HashedRowMap(RowMap):
@@ -38,6 +40,9 @@ class HashedRowMap(RowMap):
 
     def rows(self, ids_N: Tensor) -> Tensor:
         return hash_rows(ids_N, self.coefficients, self.columns[0].num_rows).unsqueeze(-1)
+
+    def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
+        return write_hashed_rows(ids_N, self.coefficients, self.columns[0].num_rows, values_M, starts_C)
 
 
 @dataclass(frozen=True, kw_only=True)
