@@ -123,4 +123,8 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.cce_assigned_rows.argtypes = [pointer, *[integer] * 1, pointer, *[integer] * 4, pointer, integer, integer]
     loaded.cce_assigned_rows.argtypes += [pointer, pointer]
     loaded.cce_assigned_rows.restype = ctypes.c_int
+    loaded.cce_lookup.argtypes = [pointer, integer, pointer, pointer, integer]
+    loaded.cce_lookup.restype = ctypes.c_int
+    loaded.cce_lookup_backward.argtypes = [pointer, integer, pointer, pointer, ctypes.c_float, ctypes.c_float, integer]
+    loaded.cce_lookup_backward.restype = None
     return loaded
