@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import CompressedEmbeddingBagConfig, method_of
+from cce_torchrec.in_backward import apply_requests, apply_to_dense, requests_of
 from cce_torchrec.methods import METHODS, FullTable, MethodConfig
 
 logger = logging.getLogger(__name__)
@@ -222,13 +222,8 @@ def _replace(
                 new.requires_grad_(old.requires_grad)
                 if old.device.type != "meta":
                     new.copy_(old)
-            _apply_the_same_optimizer(old, new)
+            apply_requests(requests_of(old), new)
+    for name, part in replacement._decoders.items():
+        for new in part.parameters():
+            apply_to_dense(name, requests_of(collection.embedding_bags[name].weight), new)
     return replacement
-
-
-@torch.enable_grad()
-def _apply_the_same_optimizer(old: nn.Parameter, new: nn.Parameter) -> None:
-    """An optimizer that was applied in backward to a table goes on to what takes its place."""
-    requests = zip(getattr(old, "_optimizer_classes", []), getattr(old, "_optimizer_kwargs", []), strict=True)
-    for optimizer_class, options in requests:
-        apply_optimizer_in_backward(optimizer_class, [new], options)

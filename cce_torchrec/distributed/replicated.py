@@ -13,40 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchrec import optim as torchrec_optim
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-# TorchRec's own classes are names for FBGEMM's fused ones and cannot step; these can, with the same arithmetic.
-_RUNNABLE: dict[type, type[torch.optim.Optimizer]] = {
-    RowWiseAdagrad: RowWiseAdagrad,
-    torch.optim.SGD: torch.optim.SGD,
-    torch.optim.Adagrad: torch.optim.Adagrad,
-    torch.optim.Adam: torch.optim.Adam,
-    torchrec_optim.SGD: torch.optim.SGD,
-    torchrec_optim.Adagrad: torch.optim.Adagrad,
-    torchrec_optim.Adam: torch.optim.Adam,
-}
-
-
-@dataclass(frozen=True)
-class OptimizerRequest:
-    """What ``apply_optimizer_in_backward`` asked for one table."""
-
-    optimizer: type
-    options: dict[str, Any]
+from cce_torchrec.in_backward import RUNNABLE, OptimizerRequest, requests_of
 
 
 def requested_optimizers(collection: EmbeddingBagCollection) -> dict[str, OptimizerRequest]:
     """The optimizers to apply in backward, by physical table; to be read before TorchRec shards the collection."""
     requests = {}
     for name, bag in collection.embedding_bags.items():
-        classes = getattr(bag.weight, "_optimizer_classes", [])
-        if classes:
-            requests[name] = OptimizerRequest(classes[0], dict(bag.weight._optimizer_kwargs[0]))
+        if asked := requests_of(bag.weight):
+            requests[name] = asked[0]
     return requests
 
 
@@ -54,15 +35,15 @@ class InBackwardOptimizer(KeyedOptimizer):
     """The optimizer of one replicated codebook; it steps in backward, so :meth:`step` does nothing."""
 
     def __init__(self, table: str, weight: nn.Parameter, request: OptimizerRequest) -> None:
-        if request.optimizer not in _RUNNABLE:
-            names = sorted({cls.__name__ for cls in _RUNNABLE})
+        if request.optimizer not in RUNNABLE:
+            names = sorted({cls.__name__ for cls in RUNNABLE})
             raise ValueError(
                 f"Table {table!r} is planned data-parallel, where {request.optimizer.__name__} cannot be applied in "
                 f"backward; use one of {names}, or constrain the table to another sharding type."
             )
         self._table = table
         self._weight = nn.Parameter(weight.detach())  # shares the codebook's memory, with a gradient of its own
-        self._optimizer = _RUNNABLE[request.optimizer]([self._weight], **request.options)
+        self._optimizer = RUNNABLE[request.optimizer]([self._weight], **request.options)
         super().__init__({f"embedding_bags.{table}.weight": self._weight}, {}, self._optimizer.param_groups)
 
     @property

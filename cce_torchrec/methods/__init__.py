@@ -1,6 +1,16 @@
 """Compression methods, one file each; ``METHODS`` is the registry, one line each."""
 
-from cce_torchrec.methods.base import Column, DecodeMethod, Decoder, MethodConfig, RowMap, RowMethod, TableSpec
+from cce_torchrec.methods.base import (
+    Column,
+    DecodeMethod,
+    Decoder,
+    DensePart,
+    MethodConfig,
+    Projection,
+    RowMap,
+    RowMethod,
+    TableSpec,
+)
 from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
@@ -23,9 +33,11 @@ __all__ = [
     "Column",
     "DecodeMethod",
     "Decoder",
+    "DensePart",
     "FullTable",
     "HashingTrick",
     "MethodConfig",
+    "Projection",
     "RowMap",
     "RowMethod",
     "TableSpec",
