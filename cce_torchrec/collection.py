@@ -67,14 +67,14 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, [device] * len(tables))
         self.decoded_tables: list[DecodedTable] = decoded_tables(self._configs, device)
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
-        self._decoders = DenseParts(self._tables())
+        self._decoders = DenseParts(self.tables())
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
         self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)
         self._rewrite = RowRewriter(
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
         )
         self._relabel = Relabel(self.lowered_tables)
-        names = {table.name: table.embedding_names for table in self._tables()}
+        names = {table.name: table.embedding_names for table in self.tables()}
         self._embedding_names = [name for config in self._configs for name in names[config.name]]
         self._decode = BagDecoder(self.decoded_tables, is_weighted, bounds_check_mode)
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
@@ -127,8 +127,8 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def codebook_parameters(self) -> Iterator[nn.Parameter]:
         """The weights of all physical tables: what TorchRec shards, and fused kernels train.
 
-        The other parameters, of decoders and projections, are dense ones; they may have any shape, which row-wise
-        optimizers do not take.
+        The other parameters, of decoders and projections, are dense ones, of any shape: leave them to the optimizer of the
+        model's dense layers.
         """
         return self._embedding_bag_collection.parameters()
 
@@ -164,7 +164,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Raises:
             ValueError: where there is no such table.
         """
-        found = {candidate.name: candidate for candidate in self._tables()}.get(table)
+        found = {candidate.name: candidate for candidate in self.tables()}.get(table)
         if found is None:
             raise ValueError(f"No table {table!r}; the tables are {[config.name for config in self._configs]}.")
         if isinstance(found, DecodedTable):
@@ -182,9 +182,9 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             for table in self.lowered_tables
             for name in table.physical_names
         }
-        return memory_report(self._configs, self._tables(), optimizer_bytes, optimizer)
+        return memory_report(self._configs, self.tables(), optimizer_bytes, optimizer)
 
-    def _tables(self) -> list[Table]:
+    def tables(self) -> list[Table]:
         """Those of row methods, then those of decode methods."""
         return [*self.lowered_tables, *self.decoded_tables]
 

@@ -36,7 +36,7 @@ class _InBackward(FusedOptimizer):
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        super().__init__({}, {}, [])
+        super().__init__(self.params, {}, [])
 
     @property
     def params(self) -> Mapping[str, nn.Parameter]:

@@ -19,7 +19,6 @@ RUNNABLE: dict[type, type[torch.optim.Optimizer]] = {
     torchrec_optim.Adagrad: torch.optim.Adagrad,
     torchrec_optim.Adam: torch.optim.Adam,
 }
-_ADAGRAD_OPTIONS = ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "maximize")
 
 
 class OptimizerRequest(NamedTuple):
@@ -42,11 +41,11 @@ def apply_requests(requests: Sequence[OptimizerRequest], parameter: nn.Parameter
         apply_optimizer_in_backward(request.optimizer, [parameter], request.options)
 
 
-def apply_to_dense(table: str, requests: Sequence[OptimizerRequest], parameter: nn.Parameter) -> None:
-    """Ask for a dense parameter what was asked for a table: with classes that can step.
+def apply_in_ddp(table: str, requests: Sequence[OptimizerRequest], parameter: nn.Parameter) -> None:
+    """Ask for a dense parameter, which DDP replicates, what was asked for it before, with a class that can step.
 
     Raises:
-        ValueError: where there is no such class.
+        ValueError: where there is no such class, or DDP cannot step it.
     """
     for request in requests:
         if request.optimizer not in RUNNABLE:
@@ -55,7 +54,10 @@ def apply_to_dense(table: str, requests: Sequence[OptimizerRequest], parameter: 
                 f"Table {table!r} has dense parameters, to which {request.optimizer.__name__} cannot be applied in backward: "
                 f"use one of {names}, or train them by a dense optimizer."
             )
-        optimizer, options = RUNNABLE[request.optimizer], request.options
-        if optimizer is RowWiseAdagrad and parameter.dim() != 2:  # its rule, an element at a time
-            optimizer, options = torch.optim.Adagrad, {k: v for k, v in options.items() if k in _ADAGRAD_OPTIONS}
-        apply_requests([OptimizerRequest(optimizer, options)], parameter)
+        if not torch.accelerator.is_available():
+            raise ValueError(
+                f"{request.optimizer.__name__} was applied in backward to the dense parameters of table {table!r}, and "
+                "torch's DistributedDataParallel steps it on accelerators only: apply it to "
+                "collection.codebook_parameters(), and train the others by a dense optimizer."
+            )
+        apply_requests([OptimizerRequest(RUNNABLE[request.optimizer], request.options)], parameter)

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import CompressedEmbeddingBagConfig, method_of
-from cce_torchrec.in_backward import apply_requests, apply_to_dense, requests_of
+from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.methods import METHODS, FullTable, MethodConfig
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ def compress(model: nn.Module, rules: Rules | CompressionRule) -> nn.Module:
     """Replace the ``EmbeddingBagCollection``s inside a model by compressed ones; tables that no rule names stay full.
 
     Trained weights of the tables that stay full are kept; compressed tables start anew, since no id has an assignment yet.
-    Optimizers applied in backward are applied to the new parameters; make other optimizers afterwards. Do this before
-    sharding. An ``EmbeddingBagCollection`` of which no table changes is left as it is.
+    Optimizers applied in backward are applied to the new codebooks; make other optimizers afterwards, and give them the dense
+    parameters of decode methods and projections too. Do this before sharding. An ``EmbeddingBagCollection`` of which no table
+    changes is left as it is.
 
     Args:
         model: changed in place; may itself be an ``EmbeddingBagCollection``.
@@ -223,7 +224,4 @@ def _replace(
                 if old.device.type != "meta":
                     new.copy_(old)
             apply_requests(requests_of(old), new)
-    for name, part in replacement._decoders.items():
-        for new in part.parameters():
-            apply_to_dense(name, requests_of(collection.embedding_bags[name].weight), new)
     return replacement

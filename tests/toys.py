@@ -109,10 +109,10 @@ class ThinProjection(Projection):
 
 @dataclass(frozen=True, kw_only=True)
 class Thin(RowMethod):
-    """Rows of 4 dims and a projection."""
+    """Rows of 8 dims and a projection."""
 
     key: ClassVar[str] = "thin"
-    thin_dim: ClassVar[int] = 4
+    thin_dim: ClassVar[int] = 8
 
     num_rows: int
     seed: int = 0

@@ -10,7 +10,7 @@ from torchrec.distributed.types import ShardingEnv
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.dense_parts import DenseParts
 from cce_torchrec.distributed.build import broadcast
-from cce_torchrec.in_backward import apply_to_dense, requests_of
+from cce_torchrec.in_backward import apply_in_ddp, requests_of
 from cce_torchrec.lowering import Table
 
 
@@ -33,5 +33,5 @@ def replicate(module: CompressedEmbeddingBagCollection, tables: list[Table], env
     asked = dict(module._decoders.named_parameters())
     for name, parameter in parts.named_parameters():
         parameter.requires_grad_(asked[name].requires_grad)
-        apply_to_dense(name.partition(".")[0], requests_of(asked[name]), parameter)
+        apply_in_ddp(name.partition(".")[0], requests_of(asked[name]), parameter)
     return parts
