@@ -92,13 +92,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             ValueError: where a feature or the weights are missing.
             IndexError: where an id is out of bounds and ``bounds_check_mode`` is FATAL.
         """
-        rows = None
-        if self.lowered_tables:
-            pooled = self._embedding_bag_collection(self._rewrite(features))
-            rows = self._relabel(pooled, self._relabel.factors(features))
-            if not self.decoded_tables:
-                return rows
-        return join(rows, self._decode(features), self._embedding_names)
+        return _pooled(self, features)
 
     def reset_parameters(self) -> None:
         """Initialise parameters and assignments anew, such as after ``to_empty`` of a collection built on "meta"."""
@@ -187,6 +181,17 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     def tables(self) -> list[Table]:
         """Those of row methods, then those of decode methods."""
         return [*self.lowered_tables, *self.decoded_tables]
+
+
+@torch.fx.wrap  # TorchRec's pipelines trace models; they need not look inside
+def _pooled(collection: CompressedEmbeddingBagCollection, features: KeyedJaggedTensor) -> KeyedTensor:
+    rows = None
+    if collection.lowered_tables:
+        pooled = collection._embedding_bag_collection(collection._rewrite(features))
+        rows = collection._relabel(pooled, collection._relabel.factors(features))
+        if not collection.decoded_tables:
+            return rows
+    return join(rows, collection._decode(features), collection._embedding_names)
 
 
 def refuse_other_layouts(collection: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
