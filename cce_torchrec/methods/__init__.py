@@ -16,6 +16,7 @@ from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
 from cce_torchrec.methods.hashing_trick import HashingTrick
 from cce_torchrec.methods.qr import QR
+from cce_torchrec.methods.tt_rec import TTRec
 
 METHODS: dict[str, type[MethodConfig]] = {
     FullTable.key: FullTable,
@@ -23,6 +24,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     CE.key: CE,
     QR.key: QR,
     CCE.key: CCE,
+    TTRec.key: TTRec,
 }
 
 __all__ = [
@@ -40,5 +42,6 @@ __all__ = [
     "Projection",
     "RowMap",
     "RowMethod",
+    "TTRec",
     "TableSpec",
 ]
