@@ -13,6 +13,7 @@ from cce_torchrec.methods.base import (
 )
 from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.ce import CE
+from cce_torchrec.methods.dhe import DHE
 from cce_torchrec.methods.full import FullTable
 from cce_torchrec.methods.hashing_trick import HashingTrick
 from cce_torchrec.methods.qr import QR
@@ -25,11 +26,13 @@ METHODS: dict[str, type[MethodConfig]] = {
     QR.key: QR,
     CCE.key: CCE,
     TTRec.key: TTRec,
+    DHE.key: DHE,
 }
 
 __all__ = [
     "CCE",
     "CE",
+    "DHE",
     "METHODS",
     "QR",
     "Column",
