@@ -15,6 +15,7 @@ from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.dhe import DHE
 from cce_torchrec.methods.full import FullTable
+from cce_torchrec.methods.hash_embedding import HashEmbedding
 from cce_torchrec.methods.hashing_trick import HashingTrick
 from cce_torchrec.methods.qr import QR
 from cce_torchrec.methods.tt_rec import TTRec
@@ -27,6 +28,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     CCE.key: CCE,
     TTRec.key: TTRec,
     DHE.key: DHE,
+    HashEmbedding.key: HashEmbedding,
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Decoder",
     "DensePart",
     "FullTable",
+    "HashEmbedding",
     "HashingTrick",
     "MethodConfig",
     "Projection",
