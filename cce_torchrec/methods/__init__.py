@@ -17,6 +17,7 @@ from cce_torchrec.methods.dhe import DHE
 from cce_torchrec.methods.full import FullTable
 from cce_torchrec.methods.hash_embedding import HashEmbedding
 from cce_torchrec.methods.hashing_trick import HashingTrick
+from cce_torchrec.methods.low_dim import LowDim, mixed_dimensions
 from cce_torchrec.methods.qr import QR
 from cce_torchrec.methods.tt_rec import TTRec
 
@@ -29,6 +30,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     TTRec.key: TTRec,
     DHE.key: DHE,
     HashEmbedding.key: HashEmbedding,
+    LowDim.key: LowDim,
 }
 
 __all__ = [
@@ -44,10 +46,12 @@ __all__ = [
     "FullTable",
     "HashEmbedding",
     "HashingTrick",
+    "LowDim",
     "MethodConfig",
     "Projection",
     "RowMap",
     "RowMethod",
     "TTRec",
     "TableSpec",
+    "mixed_dimensions",
 ]

@@ -53,7 +53,15 @@ def smallest_budget(variant: Variant, num_embeddings: int, embedding_dim: int) -
 def budgets(variant: Variant, num_embeddings: int, embedding_dim: int) -> list[int]:
     """The smallest one, one that no row width divides, and generous ones."""
     smallest, full = smallest_budget(variant, num_embeddings, embedding_dim), num_embeddings * embedding_dim
-    return sorted({smallest, smallest + 1, smallest + 3 * embedding_dim + 1, max(smallest, full // 3), 2 * full + 7})
+    return sorted(
+        {
+            smallest,
+            smallest + 1,
+            smallest + 3 * embedding_dim + 1,
+            max(smallest, full // 3),
+            max(smallest, 2 * full + 7),
+        }
+    )
 
 
 def make_table(method: MethodConfig, name: str = "t", **fields: Any) -> CompressedEmbeddingBagConfig:

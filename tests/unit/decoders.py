@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cce_torchrec.methods import DecodeMethod, Decoder, TableSpec
+from cce_torchrec.methods import DecodeMethod, Decoder, MethodConfig, TableSpec
 
 Dense = Callable[[dict[str, Tensor]], Tensor]  # float64 parameters by name -> [V, D]
 
@@ -110,7 +110,7 @@ def largest_tensor(decoder: Decoder, ids_N: Tensor) -> int:
 
 
 def check_budgets(
-    method: type[DecodeMethod], within: Callable[[Any], bool], dims: tuple[int, ...] = (4, 8, 12, 16, 32, 64, 128)
+    method: type[MethodConfig], within: Callable[[Any], bool], dims: tuple[int, ...] = (4, 8, 12, 16, 32, 64, 128)
 ) -> None:
     """Over a grid of sizes: never above the budget, within 5% below it where ``within`` says so; the smallest is named."""
     checked = 0
