@@ -39,8 +39,8 @@ class HashEmbeddingDecoder(Decoder):
         self.row_coefficients.copy_(hash_coefficients(method.num_hashes, *self._key, "rows"))
         self.weight_coefficients.copy_(hash_coefficients(1, *self._key, "weights"))
         # A sum of n products has n times the variance of one; weights that are a part of the vector have its spread.
-        weight_std = self._std if method.concat_weights else 1.0
-        component_std = self._std / weight_std * method.num_hashes**-0.5
+        weight_std, component_std = (self._std, 1.0) if method.concat_weights else (1.0, self._std)
+        component_std *= method.num_hashes**-0.5
         for parameter, std in ((self.importance, weight_std), (self.components, component_std)):
             parameter.copy_(torch.randn(parameter.shape, device=parameter.device) * std)
 
