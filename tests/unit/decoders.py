@@ -57,6 +57,8 @@ def check_decoder(method: DecodeMethod, num_embeddings: int, embedding_dim: int)
     assert torch.equal(build(method, num_embeddings, embedding_dim)(ids_N), out_ND)
     assert not torch.equal(build(method, num_embeddings, embedding_dim, seed=1)(ids_N), out_ND)
 
+    assert not build(method, num_embeddings, embedding_dim, std=0.0)(ids_N).any()
+
     meta = build(method, num_embeddings, embedding_dim, device=torch.device("meta"))
     assert {tensor.device.type for tensor in [*meta.parameters(), *meta.buffers()]} == {"meta"}
     meta.to_empty(device="cpu")
