@@ -69,7 +69,8 @@ def test_gradients_are_those_of_autograd_in_float64(variant: Variant, pooling: P
     loss(pool(decode(collection, "t", doubles), BAGS, pooling, weights)).backward()
     for name, parameter in parameters(collection).items():
         grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        torch.testing.assert_close(grad.double(), doubles[name].grad, rtol=1e-4, atol=1e-4)
+        largest = float(doubles[name].grad.abs().max())  # its rounding is seen in elements where terms cancel
+        torch.testing.assert_close(grad.double(), doubles[name].grad, rtol=1e-4, atol=1e-4 * max(1.0, largest))
         assert grad.any()
 
 
