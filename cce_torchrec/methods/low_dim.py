@@ -39,8 +39,9 @@ class LowDim(RowMethod):
     A projection is linear, so it is applied once a bag, to the sum of its rows; these are rows of an ordinary table, which
     may be sharded. :func:`mixed_dimensions` chooses d for tables of different popularity.
 
-    From a budget rows are not shared while they can have four dims: d is the largest multiple of 4 with d (V + D) parameters
-    or fewer, and only these sizes are reached. Budgets below 4 (V + D) buy hashed rows of four dims, to 3 parameters.
+    Sizes: from a budget rows are not shared while they can have four dims, so d is the largest multiple of 4 with d (V + D)
+    parameters or fewer, and only these sizes are reached. Budgets below 4 (V + D) buy hashed rows of four dims, to 3
+    parameters.
 
     Args:
         dim: d, a multiple of 4 (the kernels take no others), and not above D.

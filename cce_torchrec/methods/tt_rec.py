@@ -137,8 +137,8 @@ class TTRec(DecodeMethod):
     R_0 = R_n = 1. No two ids have the same digits. Cores start with numbers of the paper's sampled Gaussian, scaled so that
     vectors have the standard deviation of the full table's, which the paper's only approximate.
 
-    A budget is filled with bonds that differ by up to a half where that comes nearer to it than equal ones. Sizes are those
-    of whole ranks, so within 5% below the budget from rank 8 on with three or four cores, and from rank 20 on with two; small
+    A budget is filled with bonds that differ by up to a half where that comes nearer to it than equal ones. Sizes: those of
+    whole ranks, so within 5% below the budget from rank 8 on with three or four cores, and from rank 20 on with two; small
     ranks are coarser (with two cores, rank 1 is followed by twice the size). A rank above that of the full table would lie
     idle and is not chosen.
 
