@@ -18,7 +18,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
-from cce_torchrec.lowering import is_layout
+from cce_torchrec.lowering import LAYOUT_HOLDERS, is_layout
 
 
 def checkpoint_state(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
@@ -136,7 +136,9 @@ def _misfit(state: dict[str, Any], saved: dict[str, Any]) -> str | None:
     for key in wanted:
         if is_layout(key) and key not in saved:
             table, _, own = key.rpartition(".")
-            found = [name.rpartition(".")[2] for name in saved if name.startswith(f"{table}.") and is_layout(name)]
+            model, _, name = table.rpartition(".")
+            holders = tuple(f"{model.rpartition('.')[0]}.{holder}.{name}." for holder in LAYOUT_HOLDERS)
+            found = [path.rpartition(".")[2] for path in saved if path.startswith(holders) and is_layout(path)]
             was = f"was saved from {found[0]}" if found else "has no such table"
             return f"{table!r} {was}, but the model has {own}. Build the model with the checkpoint's method and sizes."
     for key, value in wanted.items():

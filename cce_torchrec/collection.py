@@ -1,10 +1,12 @@
 """The compressed collection: an ``EmbeddingBagCollection`` whose tables are small and whose ids are rewritten to rows.
 
 KJT of ids -> RowRewriter -> KJT of rows -> inner EmbeddingBagCollection -> Relabel -> [B, D] a feature
+
+Tables of decode methods take another way: KJT of ids -> BagDecoder -> [B, D] a feature.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -14,7 +16,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection, Embedding
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.config import check_tables
-from cce_torchrec.lowering import LoweredTable, check_layouts, lower_tables
+from cce_torchrec.decoding import BagDecoder, join
+from cce_torchrec.dense_parts import DenseParts
+from cce_torchrec.in_backward import apply_requests, requests_of
+from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, check_layouts, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes
 from cce_torchrec.methods.base import id_chunks
 from cce_torchrec.rewrite import Relabel, RowRewriter
@@ -60,13 +65,18 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._configs = list(tables)
         self.bounds_check_mode = bounds_check_mode
         self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, [device] * len(tables))
+        self.decoded_tables: list[DecodedTable] = decoded_tables(self._configs, device)
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
+        self._decoders = DenseParts(self.tables())
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
         self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)
         self._rewrite = RowRewriter(
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
         )
         self._relabel = Relabel(self.lowered_tables)
+        names = {table.name: table.embedding_names for table in self.tables()}
+        self._embedding_names = [name for config in self._configs for name in names[config.name]]
+        self._decode = BagDecoder(self.decoded_tables, is_weighted, bounds_check_mode)
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -82,15 +92,39 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             ValueError: where a feature or the weights are missing.
             IndexError: where an id is out of bounds and ``bounds_check_mode`` is FATAL.
         """
-        pooled = self._embedding_bag_collection(self._rewrite(features))
-        return self._relabel(pooled, self._relabel.factors(features))
+        return _pooled(self, features)
 
     def reset_parameters(self) -> None:
-        """Initialise codebooks and assignments anew, such as after ``to_empty`` of a collection built on "meta"."""
-        self._embedding_bag_collection._device = self.codebook(self.lowered_tables[0].physical_names[0]).device
+        """Initialise parameters and assignments anew, such as after ``to_empty`` of a collection built on "meta"."""
+        self._embedding_bag_collection._device = next(self.parameters()).device
         self._embedding_bag_collection.reset_parameters()
         for table in self.lowered_tables:
             table.row_map.reset_parameters()
+        self._decoders.reset_parameters()
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """As of any module; where ``fn`` gives a collection built on "meta" its memory, the collection is initialised.
+
+        ``DistributedModelParallel`` materialises by ``apply`` what it leaves unsharded, such as a collection of decode
+        tables only. It resets modules with parameters of their own, zeroes the buffers of the others, and loses optimizers
+        that were applied in backward.
+        """
+        requests = {name: requests_of(parameter) for name, parameter in self.named_parameters()}
+        was_meta = _is_meta(self)
+        super().apply(fn)
+        if was_meta and not _is_meta(self):
+            self.reset_parameters()
+            for name, parameter in self.named_parameters():
+                apply_requests(requests[name], parameter)
+        return self
+
+    def codebook_parameters(self) -> Iterator[nn.Parameter]:
+        """The weights of all physical tables: what TorchRec shards, and fused kernels train.
+
+        The other parameters, of decoders and projections, are dense ones, of any shape: leave them to the optimizer of the
+        model's dense layers.
+        """
+        return self._embedding_bag_collection.parameters()
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """The *logical* configs, as given."""
@@ -103,6 +137,8 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
     @property
     def device(self) -> torch.device:
         """Where the parameters live."""
+        if not self.lowered_tables:
+            return next(self.parameters()).device
         return self._embedding_bag_collection.device
 
     def codebook(self, physical_table: str) -> nn.Parameter:
@@ -122,11 +158,12 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Raises:
             ValueError: where there is no such table.
         """
-        lowered = {candidate.name: candidate for candidate in self.lowered_tables}.get(table)
-        if lowered is None:
+        found = {candidate.name: candidate for candidate in self.tables()}.get(table)
+        if found is None:
             raise ValueError(f"No table {table!r}; the tables are {[config.name for config in self._configs]}.")
-        weights = [self.codebook(name) for name in lowered.physical_names]
-        return dense_weight(lowered, weights)
+        if isinstance(found, DecodedTable):
+            return decoded_weight(found)
+        return dense_weight(found, [self.codebook(name) for name in found.physical_names])
 
     def memory_report(self, optimizer: torch.optim.Optimizer | None = None) -> MemoryReport:
         """Bytes stored for each table, and how many times fewer than the full table's, counted both ways.
@@ -139,12 +176,41 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             for table in self.lowered_tables
             for name in table.physical_names
         }
-        return memory_report(self.lowered_tables, optimizer_bytes)
+        return memory_report(self._configs, self.tables(), optimizer_bytes, optimizer)
+
+    def tables(self) -> list[Table]:
+        """Those of row methods, then those of decode methods."""
+        return [*self.lowered_tables, *self.decoded_tables]
+
+
+@torch.fx.wrap  # TorchRec's pipelines trace models; they need not look inside
+def _pooled(collection: CompressedEmbeddingBagCollection, features: KeyedJaggedTensor) -> KeyedTensor:
+    rows = None
+    if collection.lowered_tables:
+        pooled = collection._embedding_bag_collection(collection._rewrite(features))
+        rows = collection._relabel(pooled, collection._relabel.factors(features))
+        if not collection.decoded_tables:
+            return rows
+    return join(rows, collection._decode(features), collection._embedding_names)
 
 
 def refuse_other_layouts(collection: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before loading: nothing is changed where the state dict is that of other tables."""
-    check_layouts(collection.lowered_tables, state, f"{prefix}_row_maps.")  # type: ignore[arg-type]
+    check_layouts([*collection.lowered_tables, *collection.decoded_tables], state, prefix)  # type: ignore[misc]
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()])
+
+
+def decoded_weight(table: DecodedTable) -> Tensor:
+    """The vector of every id of a decode table: [num_embeddings, embedding_dim], float32."""
+    device = next(table.decoder.parameters()).device
+    out_VD = torch.empty(table.config.num_embeddings, table.config.embedding_dim, device=device)
+    # Fewer ids at a time than rows need: a decoder's own values are many times as many as its vectors.
+    for ids_N in id_chunks(table.config.num_embeddings, device, size=1 << 14):
+        out_VD[ids_N[0] : ids_N[-1] + 1] = table.decoder(ids_N)
+    return out_VD
 
 
 def dense_weight(table: LoweredTable, weights: Sequence[Tensor]) -> Tensor:
@@ -153,5 +219,6 @@ def dense_weight(table: LoweredTable, weights: Sequence[Tensor]) -> Tensor:
     out_VD = torch.empty(config.num_embeddings, config.embedding_dim, device=weights[0].device)
     for ids_N in id_chunks(config.num_embeddings, weights[0].device):
         columns = [weight[rows_NR].float().sum(1) for weight, rows_NR in zip(weights, row_map.rows(ids_N), strict=True)]
-        out_VD[ids_N[0] : ids_N[-1] + 1] = torch.cat(columns, dim=1) * row_map.scale
+        sums_Nd = torch.cat(columns, dim=1) * row_map.scale
+        out_VD[ids_N[0] : ids_N[-1] + 1] = sums_Nd if table.projection is None else table.projection(sums_Nd)
     return out_VD

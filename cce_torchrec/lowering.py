@@ -1,6 +1,7 @@
 """A logical table as physical ones: column i of table ``t`` is an ordinary TorchRec table ``t:i`` with features ``f:i``.
 
-Tables of one column keep their names, so a full table looks just as in TorchRec's own collection.
+Tables of one column keep their names, so a full table looks just as in TorchRec's own collection. Tables of decode methods
+have no physical tables, but a decoder.
 """
 
 from collections import Counter
@@ -10,12 +11,24 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType, data_type_to_dtype
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 
 from cce_torchrec.config import method_of
-from cce_torchrec.methods import RowMap, RowMethod
+from cce_torchrec.methods import (
+    DecodeMethod,
+    Decoder,
+    DensePart,
+    MethodConfig,
+    Projection,
+    RowMap,
+    RowMethod,
+    TableSpec,
+)
+
+LAYOUT_HOLDERS = ("_row_maps", "_decoders")  # attributes of a collection whose modules say what a table is
+_SAMPLED_ELEMENTS = 1 << 22  # of a table's init, where its size is estimated
 
 
 def _scaled_init(init_fn: Callable[[Tensor], Tensor | None], factor: float, weight: Tensor) -> Tensor:
@@ -26,23 +39,73 @@ def _scaled_init(init_fn: Callable[[Tensor], Tensor | None], factor: float, weig
 
 
 @dataclass(frozen=True)
-class LoweredTable:
-    """One logical table, its id -> rows function, and what both become in the inner collection.
+class _Table:
+    """One logical table.
 
     Args:
         config: the logical config.
-        row_map: ids to physical rows.
         embedding_names: name of each feature's output: the feature's own, or ``f@t`` where several tables share it.
     """
 
     config: EmbeddingBagConfig
-    row_map: RowMap
     embedding_names: list[str]
 
     @property
     def name(self) -> str:
         """Of the logical table."""
         return self.config.name
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether pooled outputs are divided by the length of their bag."""
+        return self.config.pooling == PoolingType.MEAN
+
+
+@dataclass(frozen=True)
+class DecodedTable(_Table):
+    """One logical table of a decode method.
+
+    Args:
+        decoder: ids to vectors.
+    """
+
+    decoder: Decoder
+
+    @property
+    def dense_part(self) -> DensePart:
+        """What TorchRec replicates."""
+        return self.decoder
+
+    def stored_bytes(self) -> int:
+        """Bytes of everything stored beside the parameters."""
+        return self.decoder.stored_bytes()
+
+
+@dataclass(frozen=True)
+class LoweredTable(_Table):
+    """One logical table, its id -> rows function, and what both become in the inner collection.
+
+    Args:
+        row_map: ids to physical rows.
+        projection: from sums of rows to vectors, where sums are not the vectors themselves.
+    """
+
+    row_map: RowMap
+    projection: Projection | None = None
+
+    @property
+    def dense_part(self) -> DensePart | None:
+        """What TorchRec replicates, where there is such a thing."""
+        return self.projection
+
+    def stored_bytes(self) -> int:
+        """Bytes of everything stored beside the parameters."""
+        return self.row_map.stored_bytes() + (self.projection.stored_bytes() if self.projection else 0)
+
+    @property
+    def width(self) -> int:
+        """Dims of the columns side by side."""
+        return sum(column.dim for column in self.row_map.columns)
 
     def _column_name(self, name: str, column: int) -> str:
         return name if len(self.row_map.columns) == 1 else f"{name}:{column}"
@@ -51,11 +114,6 @@ class LoweredTable:
     def physical_names(self) -> list[str]:
         """Names of the physical tables, column by column."""
         return [self._column_name(self.name, column) for column in range(len(self.row_map.columns))]
-
-    @property
-    def is_mean(self) -> bool:
-        """Whether pooled outputs are divided by the length of their bag."""
-        return self.config.pooling == PoolingType.MEAN
 
     def output_names(self, feature: int) -> list[str]:
         """Names of the physical features whose outputs, side by side, are that of logical feature ``feature``."""
@@ -83,31 +141,72 @@ class LoweredTable:
         ]
 
 
-def _row_map(config: EmbeddingBagConfig, device: torch.device | None) -> RowMap:
-    """The id -> rows function of a table, with an empty buffer whose *name* says what it is.
+Table = LoweredTable | DecodedTable
+
+
+def _register_layout(
+    module: nn.Module, method: MethodConfig, config: EmbeddingBagConfig, device: torch.device | None
+) -> None:
+    """Give a row map or a decoder an empty buffer whose *name* says what it is.
 
     A checkpoint of something else then lacks that name, and loading it fails before anything is read.
     """
-    method = method_of(config)
-    assert isinstance(method, RowMethod)
-    row_map = method.row_map(config.name, config.num_embeddings, config.embedding_dim, device)
     layout = method.layout(config.num_embeddings, config.embedding_dim).replace(".", ",")
-    row_map.register_buffer(layout, torch.empty(0, dtype=torch.uint8, device=device))
-    return row_map
+    module.register_buffer(layout, torch.empty(0, dtype=torch.uint8, device=device))
 
 
-def check_layouts(tables: Sequence[LoweredTable], state: Mapping[str, Any], prefix: str) -> None:
+def _initial_size(config: EmbeddingBagConfig) -> float:
+    """Root mean square of the elements of a full table's initial weight.
+
+    That of TorchRec's default is known; a custom ``init_fn`` is tried on as many rows as fit a few million elements.
+    """
+    init_fn = config.init_fn
+    if isinstance(init_fn, partial) and init_fn.func is nn.init.uniform_ and {"a", "b"} <= init_fn.keywords.keys():
+        low, high = init_fn.keywords["a"], init_fn.keywords["b"]
+        return ((low * low + low * high + high * high) / 3) ** 0.5
+    assert init_fn is not None
+    rows = max(1, min(config.num_embeddings, _SAMPLED_ELEMENTS // config.embedding_dim))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        sample = torch.empty(rows, config.embedding_dim, device="cpu")
+        init_fn(sample)
+    return float(sample.square().mean().sqrt())
+
+
+def _spec(config: EmbeddingBagConfig, device: torch.device | None) -> TableSpec:
+    return TableSpec(
+        name=config.name,
+        num_embeddings=config.num_embeddings,
+        embedding_dim=config.embedding_dim,
+        std=_initial_size(config),
+        dtype=data_type_to_dtype(config.data_type),
+        device=device,
+    )
+
+
+def _lower(
+    config: EmbeddingBagConfig, embedding_names: list[str], method: RowMethod, device: torch.device | None
+) -> LoweredTable:
+    row_map = method.row_map(config.name, config.num_embeddings, config.embedding_dim, device)
+    _register_layout(row_map, method, config, device)
+    has_projection = type(method).projection is not RowMethod.projection
+    projection = method.projection(_spec(config, device)) if has_projection else None
+    return LoweredTable(config, embedding_names, row_map, projection)
+
+
+def check_layouts(tables: Sequence[Table], state: Mapping[str, Any], prefix: str) -> None:
     """Raise a ``ValueError`` where a state dict was saved from tables of another method or size.
 
     Args:
         tables: of the collection that is to load it.
         state: its keys.
-        prefix: what the keys of the row maps begin with.
+        prefix: what the keys of the collection begin with.
     """
     for table in tables:
-        start = f"{prefix}{table.name}."
-        own = next(name for name, _ in table.row_map.named_buffers() if is_layout(name))
-        saved = [key.removeprefix(start) for key in state if key.startswith(start) and is_layout(key)]
+        stored = table.decoder if isinstance(table, DecodedTable) else table.row_map
+        own = next(name for name, _ in stored.named_buffers() if is_layout(name))
+        starts = tuple(f"{prefix}{part}.{table.name}." for part in LAYOUT_HOLDERS)
+        saved = [key.rpartition(".")[2] for key in state if key.startswith(starts) and is_layout(key)]
         if saved and own not in saved:
             raise ValueError(
                 f"Table {table.name!r}: the checkpoint was saved from {saved[0]}, but the model has {own}. "
@@ -120,20 +219,36 @@ def is_layout(key: str) -> bool:
     return " format " in key
 
 
+def _embedding_names(configs: Sequence[EmbeddingBagConfig]) -> list[list[str]]:
+    """Names of the outputs of every table; a table without features has one of its own name."""
+    for config in configs:
+        config.feature_names = config.feature_names or [config.name]
+    return get_embedding_names_by_table(list(configs))
+
+
+def decoded_tables(configs: Sequence[EmbeddingBagConfig], device: torch.device | None) -> list[DecodedTable]:
+    """Build the id -> vector function of every table of a decode method."""
+    decoded = []
+    for config, embedding_names in zip(configs, _embedding_names(configs), strict=True):
+        method = method_of(config)
+        if isinstance(method, DecodeMethod):
+            decoder = method.decoder(_spec(config, device))
+            _register_layout(decoder, method, config, device)
+            decoded.append(DecodedTable(config, embedding_names, decoder))
+    return decoded
+
+
 def lower_tables(configs: Sequence[EmbeddingBagConfig], devices: Sequence[torch.device | None]) -> list[LoweredTable]:
-    """Build the id -> rows function of every table, on its device, and lay out its physical tables.
+    """Build the id -> rows function of every table of a row method, on its device, and lay out its physical tables.
 
     Raises:
         ValueError: where a physical name would stand twice, such as a feature ``f:0`` beside a feature ``f`` of a table
             with several columns.
     """
-    for config in configs:
-        config.feature_names = config.feature_names or [config.name]
     lowered = [
-        LoweredTable(config, _row_map(config, device), embedding_names)
-        for config, embedding_names, device in zip(
-            configs, get_embedding_names_by_table(list(configs)), devices, strict=True
-        )
+        _lower(config, embedding_names, method, device)
+        for config, embedding_names, device in zip(configs, _embedding_names(configs), devices, strict=True)
+        if isinstance(method := method_of(config), RowMethod)
     ]
     physical = [config for table in lowered for config in table.physical_configs]
     for kind, names in (

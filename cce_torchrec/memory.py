@@ -1,16 +1,16 @@
 """What a collection stores, table by table, and the compression counted both ways."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.optim import Optimizer
-from torchrec.modules.embedding_configs import data_type_to_dtype
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 
 from cce_torchrec.config import method_of
-from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.lowering import DecodedTable, Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,7 @@ class TableMemory:
         method: key of its method.
         num_params: trainable parameters.
         full_params: parameters of the full table.
-        codebook_bytes: bytes of the trainable parameters.
+        codebook_bytes: bytes of the trainable parameters: codebooks, decoders and projections.
         assignment_bytes: bytes of everything else that is stored: assignments and hash coefficients.
         optimizer_bytes: bytes of the optimizer state we can see: that of fused optimizers and of a given optimizer.
         full_bytes: bytes of the full table's weight.
@@ -109,16 +109,27 @@ def optimizer_state_bytes(optimizer: Optimizer | None, parameter: nn.Parameter) 
     return sum(map(state_bytes, states))
 
 
-def memory_report(tables: list[LoweredTable], optimizer_bytes: Mapping[str, int]) -> MemoryReport:
+def memory_report(
+    configs: Sequence[EmbeddingBagConfig],
+    tables: Sequence[Table],
+    optimizer_bytes: Mapping[str, int],
+    optimizer: Optimizer | None,
+) -> MemoryReport:
     """Add up the sizes of ``tables``.
 
     Args:
-        tables: the lowered tables of a collection.
+        configs: logical tables, in the order of the report.
+        tables: what they became, in any order.
         optimizer_bytes: bytes of optimizer state by physical table; tables that are missing count 0.
+        optimizer: what trains decoders and projections.
     """
+    by_name = {table.name: table for table in tables}
     report = []
-    for table in tables:
-        config, method = table.config, method_of(table.config)
+    for config in configs:
+        table, method = by_name[config.name], method_of(config)
+        physical_names = [] if isinstance(table, DecodedTable) else table.physical_names
+        dense = [] if table.dense_part is None else list(table.dense_part.parameters())
+        dense_bytes = sum(parameter.numel() * parameter.element_size() for parameter in dense)
         num_params = method.num_params(config.num_embeddings, config.embedding_dim)
         full_params = config.num_embeddings * config.embedding_dim
         itemsize = data_type_to_dtype(config.data_type).itemsize
@@ -128,9 +139,10 @@ def memory_report(tables: list[LoweredTable], optimizer_bytes: Mapping[str, int]
                 method=method.key,
                 num_params=num_params,
                 full_params=full_params,
-                codebook_bytes=num_params * itemsize,
-                assignment_bytes=table.row_map.stored_bytes(),
-                optimizer_bytes=sum(optimizer_bytes.get(name, 0) for name in table.physical_names),
+                codebook_bytes=(num_params - sum(p.numel() for p in dense)) * itemsize + dense_bytes,
+                assignment_bytes=table.stored_bytes(),
+                optimizer_bytes=sum(optimizer_bytes.get(name, 0) for name in physical_names)
+                + sum(optimizer_state_bytes(optimizer, parameter) for parameter in dense),
                 full_bytes=full_params * itemsize,
             )
         )

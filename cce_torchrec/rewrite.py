@@ -43,6 +43,12 @@ def select_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJagge
     return features.permute([keys.index(name) for name in names])
 
 
+def check_weights(features: KeyedJaggedTensor) -> None:
+    """Raise a ``ValueError`` where a batch of a weighted collection has no weights."""
+    if features.weights_or_none() is None:
+        raise ValueError("The collection is weighted (is_weighted=True) but the KeyedJaggedTensor has no weights.")
+
+
 class RowRewriter:
     """Rewrites the ids of some features to the rows of some physical tables; all of them, or one rank's share.
 
@@ -170,8 +176,7 @@ class RowRewriter:
 
     def _weights(self, features: KeyedJaggedTensor, ends: list[int]) -> list[Tensor]:
         """The weight of every row, a [C, N, R] tensor for each table."""
-        if features.weights_or_none() is None:
-            raise ValueError("The collection is weighted (is_weighted=True) but the KeyedJaggedTensor has no weights.")
+        check_weights(features)
         return [
             weights_N.view(1, -1, 1).expand(len(table.row_map.columns), -1, table.row_map.rows_per_id)
             for table, weights_N in zip(self.tables, self._split(features.weights(), ends), strict=True)
@@ -199,16 +204,18 @@ class _Names:
 class Relabel:
     """Gives the outputs of the physical features back their logical names: the columns of f side by side are f.
 
-    Also where MEAN pooling divides by the length of the bag and where a method's scale is applied. Values are not moved
-    where the columns of each feature lie side by side already; the keys of the result are then in the order in which the
-    features come (that of the ranks, where tables are sharded, as with TorchRec's own collection).
+    Also where MEAN pooling divides by the length of the bag, where a method's scale is applied, and then its projection,
+    which is linear, so that it commutes with both. Values are not moved where the columns of each feature lie side by side
+    already; the keys of the result are then in the order in which the features come (that of the ranks, where tables are
+    sharded, as with TorchRec's own collection).
     """
 
     def __init__(self, tables: Sequence[LoweredTable]) -> None:
         outputs = [(table, f) for table in tables for f in range(len(table.embedding_names))]
         self._physical = [table.output_names(f) for table, f in outputs]
         self._keys = [table.embedding_names[f] for table, f in outputs]
-        self._dims = [table.config.embedding_dim for table, _ in outputs]
+        self._dims = [table.width for table, _ in outputs]
+        self._projections = [table.projection for table, _ in outputs]
         self.features = [table.config.feature_names[f] for table, f in outputs]
         self._is_mean_F = torch.tensor([table.is_mean for table, _ in outputs])
         self._scale_F = torch.tensor([table.row_map.scale for table, _ in outputs])
@@ -237,7 +244,16 @@ class Relabel:
             dims_F = torch.tensor(dims, device=values_BD.device)
             factors_BD = factors_BF[:, names.outputs].repeat_interleave(dims_F, dim=1, output_size=values_BD.shape[1])
             values_BD = values_BD * factors_BD
+        if any(projection is not None for projection in self._projections):
+            values_BD, dims = self._project(values_BD, names.outputs)
         return KeyedTensor(keys=[self._keys[output] for output in names.outputs], length_per_key=dims, values=values_BD)
+
+    def _project(self, values_BD: Tensor, outputs: list[int]) -> tuple[Tensor, list[int]]:
+        """Make vectors of pooled columns where these are not vectors yet; and how wide each output is then."""
+        projections = [self._projections[output] for output in outputs]
+        parts = values_BD.split([self._dims[output] for output in outputs], dim=1)
+        parts = [part if p is None else p(part) for p, part in zip(projections, parts, strict=True)]
+        return torch.cat(parts, dim=1), [part.shape[1] for part in parts]
 
     def _name(self, arrived: list[str]) -> _Names:
         """Find the logical outputs in the physical ones, or how to bring their columns together."""

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import CompressedEmbeddingBagConfig, method_of
+from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.methods import METHODS, FullTable, MethodConfig
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ def compress(model: nn.Module, rules: Rules | CompressionRule) -> nn.Module:
     """Replace the ``EmbeddingBagCollection``s inside a model by compressed ones; tables that no rule names stay full.
 
     Trained weights of the tables that stay full are kept; compressed tables start anew, since no id has an assignment yet.
-    Optimizers applied in backward are applied to the new parameters; make other optimizers afterwards. Do this before
-    sharding. An ``EmbeddingBagCollection`` of which no table changes is left as it is.
+    Optimizers applied in backward are applied to the new codebooks; make other optimizers afterwards, and give them the dense
+    parameters of decode methods and projections too. Do this before sharding. An ``EmbeddingBagCollection`` of which no table
+    changes is left as it is.
 
     Args:
         model: changed in place; may itself be an ``EmbeddingBagCollection``.
@@ -222,13 +223,5 @@ def _replace(
                 new.requires_grad_(old.requires_grad)
                 if old.device.type != "meta":
                     new.copy_(old)
-            _apply_the_same_optimizer(old, new)
+            apply_requests(requests_of(old), new)
     return replacement
-
-
-@torch.enable_grad()
-def _apply_the_same_optimizer(old: nn.Parameter, new: nn.Parameter) -> None:
-    """An optimizer that was applied in backward to a table goes on to what takes its place."""
-    requests = zip(getattr(old, "_optimizer_classes", []), getattr(old, "_optimizer_kwargs", []), strict=True)
-    for optimizer_class, options in requests:
-        apply_optimizer_in_backward(optimizer_class, [new], options)

@@ -27,11 +27,12 @@ logger = logging.getLogger(__name__)
 def build_model(tables: list[CompressedEmbeddingBagConfig], info: DatasetInfo, config: TrainConfig) -> DLRMTrain:
     """The model on the CPU, unsharded; its weights are a function of the global random state only.
 
-    Embeddings carry a row-wise Adagrad that FBGEMM runs inside the backward pass.
+    Codebooks carry a row-wise Adagrad that FBGEMM runs inside the backward pass; the dense parameters of decode methods and
+    projections are the dense layers' optimizer's.
     """
     collection = CompressedEmbeddingBagCollection(tables=list(tables), device=torch.device("cpu"))
     settings = {"lr": config.learning_rate, "eps": config.eps}
-    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), settings)
+    apply_optimizer_in_backward(RowWiseAdagrad, collection.codebook_parameters(), settings)
     return DLRMTrain(_INTERACTIONS[config.interaction_type](collection, len(info.dense_names), config))
 
 

@@ -59,7 +59,7 @@ class _Place:
 
 
 def plan_table(plan: ShardingPlan, collection: CompressedEmbeddingBagCollection) -> str:
-    """A line for each logical table, or for each part of its physical ones that is placed alike."""
+    """A line for each logical table, or for each part of its physical ones that is placed alike; decode tables last."""
     by_name: dict[str, ParameterSharding] = {}
     for module in plan.plan.values():
         assert isinstance(module, EmbeddingModuleShardingPlan)
@@ -72,6 +72,7 @@ def plan_table(plan: ShardingPlan, collection: CompressedEmbeddingBagCollection)
             places.setdefault(place, []).append(name)
         for place, names in places.items():
             lines.append([table.name, _listed(names), place.size, place.sharding_type, place.kernel, place.ranks])
+    lines += [[table.name, "", "", "replicated", "dense", "all"] for table in collection.decoded_tables]
     return text_table(["table", "physical tables", "rows x dims", "sharding type", "kernel", "ranks"], lines)
 
 

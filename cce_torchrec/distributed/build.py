@@ -1,8 +1,10 @@
 """Building a sharded collection: TorchRec shards the codebooks, then they and the assignments take over their state."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -61,7 +63,12 @@ def take_over_state(
         if has_sharded_assignments(table.config):
             del buffers["assignments"]
         replicated.extend(buffers.values())
-    for tensor in replicated:  # ranks may have been built from different seeds
+    broadcast(replicated, env)
+
+
+def broadcast(tensors: Iterable[Tensor], env: ShardingEnv) -> None:
+    """Give every rank what rank 0 has: ranks may have been built from different seeds."""
+    for tensor in tensors:
         if tensor.numel():
             # As bytes where the backend may not know the type: gloo has no int16.
             data = tensor.data.view(torch.uint8) if tensor.dtype == torch.int16 else tensor.data

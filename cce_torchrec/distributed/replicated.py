@@ -13,40 +13,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torchrec import optim as torchrec_optim
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-# TorchRec's own classes are names for FBGEMM's fused ones and cannot step; these can, with the same arithmetic.
-_RUNNABLE: dict[type, type[torch.optim.Optimizer]] = {
-    RowWiseAdagrad: RowWiseAdagrad,
-    torch.optim.SGD: torch.optim.SGD,
-    torch.optim.Adagrad: torch.optim.Adagrad,
-    torch.optim.Adam: torch.optim.Adam,
-    torchrec_optim.SGD: torch.optim.SGD,
-    torchrec_optim.Adagrad: torch.optim.Adagrad,
-    torchrec_optim.Adam: torch.optim.Adam,
-}
-
-
-@dataclass(frozen=True)
-class OptimizerRequest:
-    """What ``apply_optimizer_in_backward`` asked for one table."""
-
-    optimizer: type
-    options: dict[str, Any]
+from cce_torchrec.in_backward import RUNNABLE, OptimizerRequest, requests_of
 
 
 def requested_optimizers(collection: EmbeddingBagCollection) -> dict[str, OptimizerRequest]:
     """The optimizers to apply in backward, by physical table; to be read before TorchRec shards the collection."""
     requests = {}
     for name, bag in collection.embedding_bags.items():
-        classes = getattr(bag.weight, "_optimizer_classes", [])
-        if classes:
-            requests[name] = OptimizerRequest(classes[0], dict(bag.weight._optimizer_kwargs[0]))
+        if asked := requests_of(bag.weight):
+            requests[name] = asked[0]
     return requests
 
 
@@ -66,7 +47,7 @@ class Block:
         first = weights[0].detach()
         # Shares the codebooks' memory, with a gradient of its own.
         self.weight = nn.Parameter(first.as_strided((rows, dim), (dim, 1)))
-        self.optimizer = _RUNNABLE[request.optimizer]([self.weight], **request.options)
+        self.optimizer = RUNNABLE[request.optimizer]([self.weight], **request.options)
         self.start, self.end = start, start + rows * dim
         self.tables: list[InBackwardOptimizer] = []
 
@@ -196,8 +177,8 @@ def train_replicated(sharded: ShardedEmbeddingBagCollection, requests: Mapping[s
 
 
 def _check_runnable(table: _Table) -> None:
-    if table.request.optimizer not in _RUNNABLE:
-        names = sorted({cls.__name__ for cls in _RUNNABLE})
+    if table.request.optimizer not in RUNNABLE:
+        names = sorted({cls.__name__ for cls in RUNNABLE})
         raise ValueError(
             f"Table {table.name!r} is planned data-parallel, where {table.request.optimizer.__name__} cannot be applied in "
             f"backward; use one of {names}, or constrain the table to another sharding type."
@@ -219,7 +200,7 @@ def _side_by_side(tables: list[_Table]) -> Iterator[list[_Table]]:
 def _can_follow(last: _Table, table: _Table) -> bool:
     return (
         table.request == last.request
-        and _RUNNABLE[table.request.optimizer] is not torch.optim.Adam
+        and RUNNABLE[table.request.optimizer] is not torch.optim.Adam
         and table.weight._original_tensor is last.weight._original_tensor
         and table.weight._start_offset == last.weight._end_offset
         and table.weight.shape[1] == last.weight.shape[1]

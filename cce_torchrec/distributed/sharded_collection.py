@@ -31,10 +31,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection, refuse_other_layouts
 from cce_torchrec.config import has_sharded_assignments
+from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.distributed.build import shard_codebooks, take_over_state
+from cce_torchrec.distributed.dense_parts import replicate
 from cce_torchrec.distributed.groups import make_group
 from cce_torchrec.distributed.id_sharding import keep_local_blocks
-from cce_torchrec.lowering import LoweredTable, lower_tables
+from cce_torchrec.lowering import DecodedTable, LoweredTable, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes, state_bytes
 from cce_torchrec.rewrite import Relabel
 
@@ -47,18 +49,20 @@ class CompressedContext(EmbeddingBagCollectionContext):
         features: the raw batch, kept while rows computed from it may become stale.
         version: that of the assignments its rows were computed from.
         factors_BF: what its pooled vectors are multiplied by (MEAN pooling, scales).
+        batch: the raw batch, kept where decode tables look up its ids in it.
         localized: whether its rows stand where its ids stood (after a prefetch).
     """
 
     features: KeyedJaggedTensor | None = None
     version: int = -1
     factors_BF: Tensor | None = None
+    batch: KeyedJaggedTensor | None = None
     localized: bool = False
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of the batch until ``stream`` is done with it."""
         super().record_stream(stream)
-        for tensor in (self.features, self.factors_BF):
+        for tensor in (self.features, self.factors_BF, self.batch):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -97,6 +101,8 @@ class ShardedCompressedEmbeddingBagCollection(
         )
         keep_local_blocks(self.lowered_tables, env, device)
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
+        self.decoded_tables: list[DecodedTable] = decoded_tables(self._configs, device)
+        self._decoders = replicate(module, [*self.lowered_tables, *self.decoded_tables], env)
         self._embedding_bag_collection = shard_codebooks(
             module, self.lowered_tables, params, ebc_sharder, env, device, module_fqn
         )
@@ -112,6 +118,7 @@ class ShardedCompressedEmbeddingBagCollection(
         self._lookups, self._output_dists = inner._lookups, inner._output_dists
         inner._has_uninitialized_input_dist = False  # its input_dist is never called: the groups' are
         self._relabel = Relabel(self.lowered_tables)
+        self._decode = BagDecoder(self.decoded_tables, self._is_weighted, mode)
         self._keeps_features = any(group.rewrites_before_dist for group in self._groups)
         self._version = 0
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
@@ -127,6 +134,7 @@ class ShardedCompressedEmbeddingBagCollection(
             ctx.version = self._version
             ctx.features = features if self._keeps_features else None
             ctx.factors_BF = self._relabel.factors(features)
+            ctx.batch = features if self.decoded_tables else None
             awaitables = []
             for group in self._groups:
                 context, received = group.distribute(features, self._version)
@@ -164,8 +172,13 @@ class ShardedCompressedEmbeddingBagCollection(
         return self._named(ctx, self._embedding_bag_collection.compute_and_output_dist(ctx, rows))
 
     def _named(self, ctx: CompressedContext, pooled: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
-        factors_BF = ctx.factors_BF
-        pooled.callbacks.append(lambda values: self._relabel(values, factors_BF))
+        factors_BF, decoded = ctx.factors_BF, self._decode(ctx.batch) if ctx.batch is not None else {}
+
+        def name(values: KeyedTensor) -> KeyedTensor:
+            rows = self._relabel(values, factors_BF)
+            return join(rows, decoded, [*rows.keys(), *decoded]) if decoded else rows
+
+        pooled.callbacks.append(name)
         return pooled
 
     def prefetch(
@@ -210,12 +223,13 @@ class ShardedCompressedEmbeddingBagCollection(
             or optimizer_state_bytes(optimizer, inner.embedding_bags[config.name].weight)
             for config in inner._embedding_bag_configs
         }
-        return memory_report(self.lowered_tables, optimizer_bytes)
+        return memory_report(self._configs, [*self.lowered_tables, *self.decoded_tables], optimizer_bytes, optimizer)
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
-        """Everything here is kept in step by this module, so DDP must leave it alone: buffers too."""
+        """What this module keeps in step, so that DDP must leave it alone: all but dense parameters; buffers too."""
         for name, _ in self.named_parameters():
-            yield append_prefix(prefix, name)
+            if not name.startswith("_decoders."):
+                yield append_prefix(prefix, name)
         for name, _ in self.named_buffers():
             yield append_prefix(prefix, name)
 

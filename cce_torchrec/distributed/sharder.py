@@ -51,10 +51,17 @@ class CompressedEmbeddingBagCollectionSharder(BaseEmbeddingSharder[CompressedEmb
         """Shard a collection by a plan whose keys are its physical tables.
 
         Raises:
-            ValueError: where a table is missing in the plan, a codebook is too narrow for FBGEMM, or the plan asks for a
-                fused kernel under data-parallel, a dense one that would leave an optimizer out, or shards without rows.
+            ValueError: where there is nothing to shard, a table is missing in the plan, a codebook is too narrow for FBGEMM,
+                or the plan asks for a fused kernel under data-parallel, a dense one that would leave an optimizer out, or
+                shards without rows.
         """
         device = torch.device("cpu") if device is None else device
+        if not module.lowered_tables:
+            names = [table.name for table in module.decoded_tables]
+            raise ValueError(
+                f"The collection has decode tables only ({names}), which are dense: leave it out of the plan, as TorchRec's "
+                "planner does, and DistributedModelParallel replicates it."
+            )
         missing = [name for name in self.shardable_parameters(module) if name not in params]
         if missing:
             raise ValueError(

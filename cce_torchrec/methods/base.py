@@ -37,7 +37,8 @@ class RowMap(nn.Module, ABC):
     """Ids to physical rows, for one logical table; its state is in buffers.
 
     Attributes:
-        columns: the physical table of each column; their dims add up to the logical dim.
+        columns: the physical table of each column; their dims add up to the logical dim, or to what a :class:`Projection`
+            of the method takes.
         rows_per_id: R, how many rows of a column are summed for one id.
         scale: what the sum is multiplied by.
         bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.
@@ -80,7 +81,37 @@ class RowMap(nn.Module, ABC):
         """Compute the buffers anew, as after construction; for maps built on the meta device."""
 
 
-class Decoder(nn.Module, ABC):
+class DensePart(nn.Module, ABC):
+    """What a table has beside rows: dense parameters, which TorchRec replicates; all else that it stores is in buffers."""
+
+    def stored_bytes(self) -> int:
+        """Bytes of everything stored beside the parameters."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draw the parameters (from torch's global generator) and compute the buffers anew; for parts built on "meta"."""
+
+
+class Projection(DensePart):
+    """A linear map, without a bias, from the columns of a row method to its vectors; it is applied to pooled sums.
+
+    Rows have the full table's initial size, so a projection keeps it by elements of variance 1 / d.
+    """
+
+    @abstractmethod
+    def forward(self, pooled_Bd: Tensor) -> Tensor:
+        """Vectors of sums of rows.
+
+        Args:
+            pooled_Bd: float32 [B, d], d the sum of the dims of the columns.
+
+        Returns:
+            float32 [B, D], whatever the type of the parameters.
+        """
+
+
+class Decoder(DensePart):
     """Ids to vectors, for one logical table; parameters are dense, everything else it stores is in buffers.
 
     Attributes:
@@ -99,14 +130,6 @@ class Decoder(nn.Module, ABC):
         Returns:
             float32 [N, D], whatever the type of the parameters; memory grows with N, not with V.
         """
-
-    def stored_bytes(self) -> int:
-        """Bytes of everything stored beside the parameters."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
-
-    @abstractmethod
-    def reset_parameters(self) -> None:
-        """Draw the parameters (from torch's global generator) and compute the buffers anew; for decoders built on "meta"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,16 +197,20 @@ class RowMethod(MethodConfig):
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         """Build the id -> rows function of the table named ``table``, which seeds its hashes."""
 
+    def projection(self, table: "TableSpec") -> "Projection | None":
+        """What makes vectors of the columns side by side, where these are not the vectors themselves."""
+        return None
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpec:
-    """The table that a decoder stands for.
+    """The table that a decoder, or rows and a projection, stand for.
 
     Attributes:
         name: seeds its hashes.
         num_embeddings: V, its ids.
         embedding_dim: D, dims of its vectors.
-        std: the standard deviation that the elements of vectors shall have at the start, that of the full table's.
+        std: the root mean square that the elements of vectors shall have at the start, that of the full table's.
         dtype: of the parameters.
         device: of parameters and buffers; "meta" builds neither.
     """

@@ -24,7 +24,8 @@ def parameter_constraints(
 
     Column i of a table t is the physical table ``t:i``; each id costs R lookups in it, so pooling factors are multiplied
     by R. Give the planner the result even without constraints of your own: it does not know R otherwise. Constraints of
-    names that are not compressed tables are passed on as they are, for plain collections in the same model.
+    names that are not compressed tables are passed on as they are, for plain collections in the same model. Those of decode
+    tables come to nothing: the planner places no table that TorchRec replicates with the dense layers.
 
     With a ``batch_size``, codebooks that are cheaper to replicate are constrained to data_parallel: those whose gradients
     are fewer bytes to all-reduce than their features' ids and pooled vectors are to send there and back. A step sends, a
@@ -66,16 +67,13 @@ def parameter_constraints(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not positive; give the batch size of one rank.")
     given = dict(constraints or {})
-    lowered = [
-        table
-        for collection in module.modules()
-        if isinstance(collection, CompressedEmbeddingBagCollection)
-        for table in collection.lowered_tables
-    ]
+    collections = [part for part in module.modules() if isinstance(part, CompressedEmbeddingBagCollection)]
+    lowered = [table for collection in collections for table in collection.lowered_tables]
     plain = _plain_tables(module)
-    unknown = [name for name in given if name not in plain and name not in {table.name for table in lowered}]
+    known = [config.name for collection in collections for config in collection.embedding_bag_configs()] + sorted(plain)
+    unknown = [name for name in given if name not in known]
     if unknown:
-        raise ValueError(f"There is no table {unknown}; the tables are {[t.name for t in lowered] + sorted(plain)}.")
+        raise ValueError(f"There is no table {unknown}; the tables are {known}.")
     translated = {name: constraint for name, constraint in given.items() if name in plain}
     for table in lowered:
         wish = _fill_in(table, given.get(table.name))

@@ -1,13 +1,15 @@
 """What the contract is checked on: every method of the registry, every choice it offers, several sizes and budgets."""
 
+import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
 from cce_torchrec import METHODS, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig
+from cce_torchrec.lowering import DecodedTable, LoweredTable, Table
 from cce_torchrec.methods import MethodConfig
 
 
@@ -51,7 +53,15 @@ def smallest_budget(variant: Variant, num_embeddings: int, embedding_dim: int) -
 def budgets(variant: Variant, num_embeddings: int, embedding_dim: int) -> list[int]:
     """The smallest one, one that no row width divides, and generous ones."""
     smallest, full = smallest_budget(variant, num_embeddings, embedding_dim), num_embeddings * embedding_dim
-    return sorted({smallest, smallest + 1, smallest + 3 * embedding_dim + 1, max(smallest, full // 3), 2 * full + 7})
+    return sorted(
+        {
+            smallest,
+            smallest + 1,
+            smallest + 3 * embedding_dim + 1,
+            max(smallest, full // 3),
+            max(smallest, 2 * full + 7),
+        }
+    )
 
 
 def make_table(method: MethodConfig, name: str = "t", **fields: Any) -> CompressedEmbeddingBagConfig:
@@ -60,13 +70,45 @@ def make_table(method: MethodConfig, name: str = "t", **fields: Any) -> Compress
 
 
 def parameters(collection: CompressedEmbeddingBagCollection) -> dict[str, Tensor]:
-    """Every trainable tensor of the collection, by physical table."""
-    return {name.split(".")[-2]: parameter for name, parameter in collection.named_parameters()}
+    """Every trainable tensor of the collection: codebooks by physical table, dense parameters by their names."""
+    return {
+        name.split(".")[-2] if ".embedding_bags." in name else name: parameter
+        for name, parameter in collection.named_parameters()
+    }
+
+
+def table_of(collection: CompressedEmbeddingBagCollection, name: str) -> Table:
+    tables: list[Table] = [*collection.lowered_tables, *collection.decoded_tables]
+    return next(table for table in tables if table.name == name)
+
+
+def is_bounded(table: Table) -> bool:
+    return (table.decoder if isinstance(table, DecodedTable) else table.row_map).bounded
 
 
 def decode(collection: CompressedEmbeddingBagCollection, table: str, weights: dict[str, Tensor]) -> Tensor:
     """Every id's vector from ``weights``, by the definition in methods/base.py, an id, a column and a row at a time."""
-    lowered = next(lowered for lowered in collection.lowered_tables if lowered.name == table)
+    lowered = table_of(collection, table)
+    dense = functional(lowered, weights)
+    if isinstance(lowered, DecodedTable):
+        assert dense is not None
+        return torch.cat([dense(torch.tensor([number])) for number in range(lowered.config.num_embeddings)])
+    sums_Vd = _sums(lowered, weights)
+    return sums_Vd if dense is None else dense(sums_Vd)
+
+
+def functional(table: Table, weights: dict[str, Tensor]) -> Callable[[Tensor], Tensor] | None:
+    """The decoder or projection of a table as a function, with parameters from ``weights`` and computing in their type."""
+    if table.dense_part is None:
+        return None
+    prefix = f"_decoders.{table.name}."
+    own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    part = copy.deepcopy(table.dense_part).to(next(iter(own.values())).dtype)
+    return lambda tensor: torch.func.functional_call(part, own, (tensor,))
+
+
+def _sums(lowered: LoweredTable, weights: dict[str, Tensor]) -> Tensor:
+    """The sums of rows of every id."""
     vectors = []
     for number in range(lowered.config.num_embeddings):
         rows_C1R = lowered.row_map.rows(torch.tensor([number])).tolist()

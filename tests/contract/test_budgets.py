@@ -86,3 +86,26 @@ def test_a_budget_for_no_table(variant: Variant) -> None:
         variant.from_budget(0, 8, 100)
     with pytest.raises(ValueError, match="embedding_dim=-4 "):
         variant.from_budget(8, -4, 100)
+
+
+GRID = [(v, d) for v in (10, 100, 1_000, 100_000, 10_000_000) for d in (4, 16, 64, 128)]
+
+
+@every_method
+def test_budgets_are_used_up_to_a_twentieth_or_the_docstring_names_the_sizes(variant: Variant) -> None:
+    """From the smallest instance to the full table; a method of fewer sizes says "Sizes:" and which, in its docstring."""
+    names_its_sizes = "Sizes:" in (variant.method.__doc__ or "")
+    for size in GRID:
+        smallest, largest = smallest_budget(variant, *size), size[0] * size[1]
+        most = variant.from_budget(*size, max(smallest, 2 * largest)).num_params(*size)  # more would lie idle
+        for factor in (1, 2.7, 10, 31, 100, 1000):
+            budget = min(largest, int(smallest * factor))
+            if budget < smallest:
+                continue
+            used = variant.from_budget(*size, budget).num_params(*size)
+            assert used <= budget
+            if used == most:
+                continue
+            # What a single row more, or a column's, costs may be more than a twentieth of a small budget.
+            slack = max(0.05 * budget, 2 * size[1], smallest)
+            assert names_its_sizes or used >= budget - slack or factor == 1, f"{used} of {budget} for {size}"

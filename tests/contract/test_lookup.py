@@ -8,7 +8,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from cce_torchrec import CompressedEmbeddingBagCollection
-from tests.contract.cases import VARIANTS, Variant, budgets, decode, make_table, parameters
+from tests.contract.cases import VARIANTS, Variant, budgets, decode, is_bounded, make_table, parameters, table_of
 from tests.unit.oracles import make_kjt, pool
 
 V, D = 50, 8
@@ -39,7 +39,8 @@ def test_forward_pools_the_dense_table(variant: Variant, pooling: PoolingType, i
         out = collection(kjt)
         assert out.keys() == ["f"]
         expected = pool(collection.dense_weight("t"), BAGS, pooling, weights)
-        torch.testing.assert_close(out["f"], expected, msg=lambda text, m=collection: f"{m.lowered_tables}: {text}")
+        table = table_of(collection, "t")
+        torch.testing.assert_close(out["f"], expected, msg=lambda text, t=table: f"{t}: {text}")
         assert not out["f"][1].any()
 
 
@@ -68,7 +69,8 @@ def test_gradients_are_those_of_autograd_in_float64(variant: Variant, pooling: P
     loss(pool(decode(collection, "t", doubles), BAGS, pooling, weights)).backward()
     for name, parameter in parameters(collection).items():
         grad = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
-        torch.testing.assert_close(grad.double(), doubles[name].grad, rtol=1e-4, atol=1e-4)
+        largest = float(doubles[name].grad.abs().max())  # its rounding is seen in elements where terms cancel
+        torch.testing.assert_close(grad.double(), doubles[name].grad, rtol=1e-4, atol=1e-4 * max(1.0, largest))
         assert grad.any()
 
 
@@ -107,7 +109,7 @@ def test_weights_of_a_batch_are_ignored_where_the_collection_is_not_weighted(var
 def test_hashed_methods_take_any_id(variant: Variant) -> None:
     collection = build(variant, budgets(variant, V, D)[-2])
     wild = make_kjt({"f": [[-1], [V], [2**62], [-(2**63)]]})
-    if collection.lowered_tables[0].row_map.bounded:
+    if is_bounded(table_of(collection, "t")):
         with pytest.raises(IndexError, match="Table 't': id -1 is outside"):
             collection(wild)
     else:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cce_torchrec import CompressedEmbeddingBagCollection, recluster
-from tests.contract.cases import VARIANTS, Variant, budgets, make_table, parameters
+from cce_torchrec.methods import RowMethod, TableSpec
+from tests.contract.cases import VARIANTS, Variant, budgets, make_table, parameters, table_of
 from tests.unit.oracles import make_kjt
 
 V, D = 50, 8
@@ -96,7 +97,13 @@ def test_the_methods_own_seed_and_the_tables_name_choose_the_rows(variant: Varia
     method = variant.from_budget(V, D, budgets(variant, V, D)[-2])
 
     def rows(seed: int, name: str) -> Tensor:
-        return dataclasses.replace(method, seed=seed).row_map(name, V, D, None).rows(torch.arange(V))
+        """The rows of all ids, or their vectors where parameters are drawn alike."""
+        seeded = dataclasses.replace(method, seed=seed)
+        if isinstance(seeded, RowMethod):
+            return seeded.row_map(name, V, D, None).rows(torch.arange(V))
+        torch.manual_seed(0)
+        spec = TableSpec(name=name, num_embeddings=V, embedding_dim=D, std=1.0, dtype=torch.float32, device=None)
+        return seeded.decoder(spec)(torch.arange(V))
 
     assert torch.equal(rows(0, "t"), rows(0, "t"))
     assert not torch.equal(rows(0, "t"), rows(1, "t"))
@@ -115,11 +122,14 @@ def test_meta_then_a_checkpoint(variant: Variant) -> None:
 
 
 @every_method
-def test_meta_then_reset_gives_the_rows_of_a_fresh_one(variant: Variant) -> None:
+def test_meta_then_reset_is_a_fresh_one(variant: Variant) -> None:
     fresh, twin = build(variant), build(variant, device="meta").to_empty(device="cpu")
-    for table, other in zip(twin.lowered_tables, fresh.lowered_tables, strict=True):
-        table.row_map.reset_parameters()
-        assert torch.equal(table.row_map.rows(torch.arange(V)), other.row_map.rows(torch.arange(V)))
+    for collection in (fresh, twin):
+        torch.manual_seed(5)
+        collection.reset_parameters()
+    assert twin.device == torch.device("cpu")
+    assert torch.equal(outputs(fresh), outputs(twin))
+    assert outputs(fresh).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -143,9 +153,17 @@ def test_a_copy_is_whole_and_independent(variant: Variant, duplicate: Any) -> No
 @every_method
 def test_an_optimizer_step_moves_what_was_looked_up(variant: Variant) -> None:
     collection = build(variant)
-    optimizer = torch.optim.SGD(collection.parameters(), lr=0.1)
+    dense = table_of(collection, "t").dense_part is not None
+    lr = 1e-4 if dense else 0.1
+    optimizer = torch.optim.SGD(collection.parameters(), lr=lr)
     before = collection.dense_weight("t")
     collection(make_kjt({"f": [[4], []]}))["f"].sum().backward()
+    if dense:  # to first order, the sum falls by lr times the squared gradient
+        expected = -lr * sum(float(p.grad.double().square().sum()) for p in collection.parameters())
+        optimizer.step()
+        fallen = (collection.dense_weight("t") - before)[4].double().sum()
+        assert float(fallen) == pytest.approx(expected, rel=0.05)
+        return
     optimizer.step()
     moved = collection.dense_weight("t") - before
     # A table's vector moves by lr times the rows that are added up for it, in every dim; scaled going down and coming back.

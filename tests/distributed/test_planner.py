@@ -28,6 +28,7 @@ from cce_torchrec import (
 )
 from cce_torchrec.methods import CCE, CE, QR, HashingTrick
 from tests.distributed.harness import RankError, RankPool
+from tests.toys import Thin, Waves
 
 BATCH_SIZE = 6
 DIM = 16
@@ -420,12 +421,36 @@ def test_reservation_takes_off_exactly_the_assignments(
     assert free(reservation.last_reserved_topology, memory) == free(after, memory)
 
 
+def dense_tables() -> list[EmbeddingBagConfig]:
+    fields: dict[str, Any] = {"num_embeddings": 1000, "embedding_dim": DIM}
+    return [
+        CompressedEmbeddingBagConfig(name="waves", feature_names=["f"], method=Waves(num_waves=10), **fields),
+        CompressedEmbeddingBagConfig(name="thin", feature_names=["g"], method=Thin(num_rows=20), **fields),
+    ]
+
+
+def test_reservation_counts_dense_parameters_with_their_gradients_and_optimizer_state() -> None:
+    collection = CompressedEmbeddingBagCollection(dense_tables(), device="meta")
+    left = CompressedStorageReservation().reserve(topology(ddr_cap_bytes=GiB), BATCH_SIZE, collection, get_sharders())
+    # 11 and 8 rows of 16 dims, six times; 1000 phases of 2 bytes, 10 frequencies of 4; 2 coefficients of 8.
+    expected = 6 * (11 + 8) * DIM * 4 + 1000 * 2 + 10 * 4 + 2 * 8
+    assert free(left, "ddr") == [GiB - expected] * 2
+    with pytest.raises(ValueError, match=r"dense parameters, with gradients and optimizer state, 7,296: more than"):
+        CompressedStorageReservation().reserve(topology(ddr_cap_bytes=5000), BATCH_SIZE, collection, get_sharders())
+
+
+def test_constraints_know_decode_tables_and_leave_them_out() -> None:
+    collection = CompressedEmbeddingBagCollection(dense_tables(), device="meta")
+    constraints = parameter_constraints(collection, {"waves": ParameterConstraints(pooling_factors=[3.0])})
+    assert set(constraints) == {"thin"}
+
+
 def test_assignments_that_do_not_fit_raise() -> None:
     config = CompressedEmbeddingBagConfig(
         name="t", num_embeddings=10**9, embedding_dim=16, feature_names=["f"], method=CCE(num_rows=1024, num_columns=4)
     )
     collection = CompressedEmbeddingBagCollection([config], device="meta")
-    with pytest.raises(ValueError, match=r"Rank 0: .* 8,000,000,\d+ bytes, more than .* of DDR .*'sharded'"):
+    with pytest.raises(ValueError, match=r"Rank 0: .* 8,000,000,\d+ bytes .*: more than .* of DDR .*'sharded'"):
         CompressedStorageReservation().reserve(topology(ddr_cap_bytes=7 * GiB), BATCH_SIZE, collection, get_sharders())
     config.assignment_placement = "sharded"
     collection = CompressedEmbeddingBagCollection([config], device="meta")

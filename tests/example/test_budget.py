@@ -33,7 +33,7 @@ def test_full_tables() -> None:
 def test_budget_is_kept_and_used(method: str, compression: float) -> None:
     tables = plan_tables(INFO, config(method, compression))
     budget = sum(ROWS.values()) * 32 / compression
-    assert 0.8 * budget < num_params(tables) <= budget
+    assert 0.75 * budget < num_params(tables) <= budget  # rows of low_dim grow by four dims at a time
     for table, rows in zip(tables, ROWS.values(), strict=True):
         assert table.method.key == (method if rows >= 100 else "full")
 
