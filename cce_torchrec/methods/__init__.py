@@ -14,8 +14,10 @@ from cce_torchrec.methods.base import (
 from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
+from cce_torchrec.methods.hashed_net import HashedNet
 from cce_torchrec.methods.hashing_trick import HashingTrick
 from cce_torchrec.methods.qr import QR
+from cce_torchrec.methods.robe import ROBE
 
 METHODS: dict[str, type[MethodConfig]] = {
     FullTable.key: FullTable,
@@ -23,6 +25,8 @@ METHODS: dict[str, type[MethodConfig]] = {
     CE.key: CE,
     QR.key: QR,
     CCE.key: CCE,
+    HashedNet.key: HashedNet,
+    ROBE.key: ROBE,
 }
 
 __all__ = [
@@ -30,11 +34,13 @@ __all__ = [
     "CE",
     "METHODS",
     "QR",
+    "ROBE",
     "Column",
     "DecodeMethod",
     "Decoder",
     "DensePart",
     "FullTable",
+    "HashedNet",
     "HashingTrick",
     "MethodConfig",
     "Projection",
