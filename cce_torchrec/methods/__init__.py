@@ -12,6 +12,7 @@ from cce_torchrec.methods.base import (
     TableSpec,
 )
 from cce_torchrec.methods.cce import CCE
+from cce_torchrec.methods.cce_robe import CCERobe
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
 from cce_torchrec.methods.hashed_net import HashedNet
@@ -27,6 +28,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     CCE.key: CCE,
     HashedNet.key: HashedNet,
     ROBE.key: ROBE,
+    CCERobe.key: CCERobe,
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "METHODS",
     "QR",
     "ROBE",
+    "CCERobe",
     "Column",
     "DecodeMethod",
     "Decoder",

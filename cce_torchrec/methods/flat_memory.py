@@ -113,7 +113,7 @@ class BlockDecoder(Decoder):
         blocks_NBZ = read_windows(self.memory, hashes_NB >> 1, self._block_size)
         if self._signed:
             blocks_NBZ = blocks_NBZ * (1 - 2 * (hashes_NB & 1)).unsqueeze(2)
-        return blocks_NBZ.flatten(1)[:, : self._embedding_dim].float()
+        return blocks_NBZ.flatten(1)[:, : self._embedding_dim]
 
 
 def check_cells(**values: int) -> None:
