@@ -96,7 +96,7 @@ class CCERobe(DecodeMethod):
     mean of the residual's elements that read it. All columns share both memories.
 
     Args:
-        num_cells: M, numbers in the main memory.
+        num_cells: M, numbers in the main memory, below 2^30.
         num_columns: c, columns; must divide the embedding dim.
         num_helper_cells: M', numbers in the helper memory; ``None`` for as many as in the main one.
         seed: of the hash functions; the table's name is part of the seed.

@@ -14,7 +14,7 @@ class HashedNet(DecodeMethod):
         vector(id)[d] = s_d(id) * memory[h_d(id)],    s_d(id) = -1 or 1
 
     Args:
-        num_cells: M, numbers in the memory.
+        num_cells: M, numbers in the memory, below 2^30.
         signed: whether s is a hashed sign, which makes collisions cancel on average; else s = 1.
         seed: of the hash functions; the table's name is part of the seed.
 

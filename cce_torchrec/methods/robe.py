@@ -16,7 +16,7 @@ class ROBE(DecodeMethod):
         vector(id)[d] = s_b(id) * memory[(h_b(id) + d mod Z) mod M],    b = d div Z
 
     Args:
-        num_cells: M, numbers in the memory.
+        num_cells: M, numbers in the memory, below 2^30.
         block_size: Z, from 1 to the embedding dim; where it does not divide that, the last block is shorter. Larger blocks
             are faster. :meth:`from_budget` takes the largest up to 32 (and to the dim and M).
         signed: whether s is a hashed sign a block, as in feature hashing; else s = 1.
