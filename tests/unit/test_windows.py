@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
 from torchrec.modules.embedding_configs import DataType
 
 from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, ReclusterConfig, recluster
@@ -305,6 +306,20 @@ def test_carried_state_is_the_mean_over_the_elements_that_read_a_cell() -> None:
             expected = torch.tensor([sum(values) / len(values) if values else 0.0 for values in inherited])
             torch.testing.assert_close(optimizer.state[parameter][name], expected, rtol=1e-4, atol=1e-8)
         assert float(optimizer.state[parameter]["step"]) == 1
+
+
+def test_an_optimizer_in_backward_is_found(caplog: pytest.LogCaptureFixture) -> None:
+    collection = build(METHODS[0])
+    apply_optimizer_in_backward(torch.optim.Adagrad, collection.parameters(), {"lr": 0.1})
+    collection(make_kjt({"f_t": [[1, 2, 3]]})).values().square().sum().backward()
+    decoder = decoder_of(collection)
+    sums = [p._in_backward_optimizers[0].state[p]["sum"] for p in (decoder.memory, decoder.helper)]
+    assert all(float(sum_M.sum()) > 0 for sum_M in sums)
+    recluster(collection, seed=1, config=ReclusterConfig(optimizer_state="carry"))
+    assert all(float(sum_M.sum()) > 0 for sum_M in sums)
+    recluster(collection, seed=2)
+    assert all(float(sum_M.sum()) == 0 for sum_M in sums)
+    assert "stale" not in caplog.text
 
 
 def test_an_unknown_optimizer_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
