@@ -8,7 +8,7 @@ from cce_torchrec.distributed import (
     get_sharders,
 )
 from cce_torchrec.memory import MemoryReport
-from cce_torchrec.methods import CCE, CE, METHODS, QR, FullTable, HashingTrick
+from cce_torchrec.methods import CCE, CE, METHODS, QR, ROBE, CCERobe, FullTable, HashedNet, HashingTrick
 from cce_torchrec.planner import CompressedStorageReservation, parameter_constraints
 from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
 from cce_torchrec.swap import CompressionRule, compress
@@ -18,12 +18,15 @@ __all__ = [
     "CE",
     "METHODS",
     "QR",
+    "ROBE",
+    "CCERobe",
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
     "CompressedStorageReservation",
     "CompressionRule",
     "FullTable",
+    "HashedNet",
     "HashingTrick",
     "MemoryReport",
     "ReclusterConfig",

@@ -67,9 +67,10 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
                 f"Table {table.name!r} has assignment_placement={placement!r}, not one of {get_args(AssignmentPlacement)}."
             )
         if placement == "sharded" and not (method_of(table).reclusterable and isinstance(method_of(table), RowMethod)):
+            reason = "decodes where the ids are" if method_of(table).reclusterable else "stores no assignments"
             raise ValueError(
-                f"Table {table.name!r} has assignment_placement='sharded', but its method {method_of(table).key!r} stores no "
-                "assignments: leave it 'replicated'."
+                f"Table {table.name!r} has assignment_placement='sharded', but its method {method_of(table).key!r} {reason}: "
+                "leave it 'replicated'."
             )
         try:
             method_of(table).num_params(table.num_embeddings, table.embedding_dim)

@@ -12,13 +12,16 @@ from cce_torchrec.methods.base import (
     TableSpec,
 )
 from cce_torchrec.methods.cce import CCE
+from cce_torchrec.methods.cce_robe import CCERobe
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.dhe import DHE
 from cce_torchrec.methods.full import FullTable
 from cce_torchrec.methods.hash_embedding import HashEmbedding
+from cce_torchrec.methods.hashed_net import HashedNet
 from cce_torchrec.methods.hashing_trick import HashingTrick
 from cce_torchrec.methods.low_dim import LowDim, mixed_dimensions
 from cce_torchrec.methods.qr import QR
+from cce_torchrec.methods.robe import ROBE
 from cce_torchrec.methods.tt_rec import TTRec
 
 METHODS: dict[str, type[MethodConfig]] = {
@@ -31,6 +34,9 @@ METHODS: dict[str, type[MethodConfig]] = {
     DHE.key: DHE,
     HashEmbedding.key: HashEmbedding,
     LowDim.key: LowDim,
+    HashedNet.key: HashedNet,
+    ROBE.key: ROBE,
+    CCERobe.key: CCERobe,
 }
 
 __all__ = [
@@ -39,12 +45,15 @@ __all__ = [
     "DHE",
     "METHODS",
     "QR",
+    "ROBE",
+    "CCERobe",
     "Column",
     "DecodeMethod",
     "Decoder",
     "DensePart",
     "FullTable",
     "HashEmbedding",
+    "HashedNet",
     "HashingTrick",
     "LowDim",
     "MethodConfig",

@@ -14,13 +14,15 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import method_of
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
-from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.lowering import DecodedTable, LoweredTable, Table
 from cce_torchrec.methods import METHODS
 from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives, ProcessGroupCollectives
 from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport, TableReport
 from cce_torchrec.recluster.stores import Store
 from cce_torchrec.recluster.table import NewTable, TableState, recluster_table
+from cce_torchrec.recluster.windows import NewWindows, WindowsState, recluster_windows
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ def recluster(
     optimizer: Optimizer | None = None,
     id_weights: Mapping[str, Tensor] | None = None,
 ) -> ReclusterReport:
-    """Re-cluster every table with learned assignments (CCE) in a model, sharded or not.
+    """Re-cluster every table with learned assignments (CCE, also on circular memory) in a model, sharded or not.
 
         M_i <- K-means centroids,  h_i <- nearest centroid,  h'_i <- fresh hash,  M'_i <- mean residuals
 
@@ -77,26 +79,42 @@ def recluster(
     _check(module, collections, id_weights or {})
     reports = []
     commits = []
+    new_windows: list[tuple[DecodedTable, NewWindows]] = []
     for collection in collections:
         collectives = _collectives(collection, process_group)
         with collectives.one_fails_all_fail():
             store = Store(collection, optimizer, collectives)
-            new_tables = []
+            new_tables: list[tuple[LoweredTable, NewTable]] = []
             for table in reclusterable_tables(collection):
                 started = time.perf_counter()
-                state = _read(table, store, (id_weights or {}).get(table.name), config)
-                new = recluster_table(state, seed=seed, config=config, collectives=collectives)
-                new_tables.append((table, new))
+                weights_V = (id_weights or {}).get(table.name)
+                new: NewTable | NewWindows
+                if isinstance(table, DecodedTable):
+                    windows = WindowsState.read(table.name, _decoder(table), optimizer, weights_V, config)
+                    new = recluster_windows(windows, seed=seed, config=config, collectives=collectives)
+                    new_windows.append((table, new))
+                else:
+                    state = _read(table, store, weights_V, config)
+                    new = recluster_table(state, seed=seed, config=config, collectives=collectives)
+                    new_tables.append((table, new))
                 reports.append(_report(table, new, time.perf_counter() - started))
         commits.append((collection, store, new_tables))
     for collection, store, new_tables in commits:
         _commit(collection, store, new_tables)
+    for decoded, new_one in new_windows:
+        _commit_windows(decoded, new_one, optimizer)
     return ReclusterReport(tables=tuple(reports))
 
 
-def reclusterable_tables(collection: Collection) -> Iterator[LoweredTable]:
+def reclusterable_tables(collection: Collection) -> Iterator[Table]:
     """The tables of a collection whose assignments are learned."""
-    return (table for table in collection.lowered_tables if method_of(table.config).reclusterable)
+    tables: list[Table] = [*collection.lowered_tables, *collection.decoded_tables]
+    return (table for table in tables if method_of(table.config).reclusterable)
+
+
+def _decoder(table: DecodedTable) -> CCERobeDecoder:
+    assert isinstance(table.decoder, CCERobeDecoder)
+    return table.decoder
 
 
 def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping[str, Tensor]) -> None:
@@ -152,11 +170,12 @@ def _read(table: LoweredTable, store: Store, weights_V: Tensor | None, config: R
     )
 
 
-def _report(table: LoweredTable, new: NewTable, seconds: float) -> TableReport:
-    assert isinstance(table.row_map, CCERowMap)
+def _report(table: Table, new: NewTable | NewWindows, seconds: float) -> TableReport:
+    stored = _decoder(table) if isinstance(table, DecodedTable) else table.row_map
+    assert isinstance(stored, CCERobeDecoder | CCERowMap)
     return TableReport(
         table=table.name,
-        version=int(table.row_map.version) + 1,
+        version=int(stored.version) + 1,
         relative_squared_error=new.relative_squared_error,
         moved_fraction=new.moved_fraction,
         empty_clusters=new.empty_clusters,
@@ -171,12 +190,7 @@ def _commit(collection: Collection, store: Store, new_tables: list[tuple[Lowered
         for name, state_RS, codebook in zip(table.physical_names, new.optimizer_state, new.codebooks, strict=True):
             store.write_optimizer(name, state_RS, len(codebook))
             if store.trained_elsewhere(name):
-                logger.warning(
-                    "Table %r was re-clustered, but no optimizer of its codebook %r is known, so its state is stale: pass "
-                    "the one that trains it as `optimizer=`.",
-                    table.name,
-                    name,
-                )
+                _warn_of_stale_state(table, name)
         table.row_map.assignments.copy_(new.assignments)
         table.row_map.helper_coefficients.copy_(new.helper_coefficients)
         table.row_map.version += 1
@@ -186,3 +200,18 @@ def _commit(collection: Collection, store: Store, new_tables: list[tuple[Lowered
     store.write(dict(names_and_books))
     if isinstance(collection, ShardedCompressedEmbeddingBagCollection):
         collection.assignments_changed()
+
+
+def _commit_windows(table: DecodedTable, new: NewWindows, optimizer: Optimizer | None) -> None:
+    """As :func:`_commit`, for a decode table."""
+    if new.commit(_decoder(table), optimizer):
+        _warn_of_stale_state(table, "memory")
+
+
+def _warn_of_stale_state(table: Table, part: str) -> None:
+    logger.warning(
+        "Table %r was re-clustered, but no optimizer of its codebook %r is known, so its state is stale: pass "
+        "the one that trains it as `optimizer=`.",
+        table.name,
+        part,
+    )

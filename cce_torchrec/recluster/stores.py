@@ -114,19 +114,13 @@ class Store:
         """Views of the optimizer state of this rank's rows, each kind in D columns of its own (a row-wise one in fewer)."""
         states = self._states(table)
         dim = self._dims[table]
+        weight = self._inner.embedding_bags[table].weight
+        initial = _initial_sum(weight, self._optimizer)
         return [
-            Piece(part.tensor, part.row, index * dim + part.col, self._initial(table) if name == "sum" else 0.0)
+            Piece(part.tensor, part.row, index * dim + part.col, initial if name == "sum" else 0.0)
             for index, name in enumerate(sorted(states))
             for part in _rows_of_state(states[name], self._pieces(table), num_rows)
         ]
-
-    def _initial(self, table: str) -> float:
-        """Where Adagrad's sums start."""
-        weight = self._inner.embedding_bags[table].weight
-        optimizers = [self._optimizer, *getattr(weight, "_in_backward_optimizers", [])]
-        groups = [group for optimizer in optimizers if optimizer is not None for group in optimizer.param_groups]
-        values = [g.get("initial_accumulator_value", 0.0) for g in groups if any(p is weight for p in g["params"])]
-        return values[0] if values else 0.0
 
     def read_optimizer(self, table: str, num_rows: int) -> Tensor:
         """The optimizer state of all rows: [R, S] float32, S = 0 where there is none; collective."""
@@ -142,25 +136,94 @@ class Store:
             else:
                 piece.tensor.fill_(piece.initial)
         if not state_RS.shape[1]:
-            for value in self._states(table).values():
-                if isinstance(value, Tensor) and not isinstance(value, ShardedTensor | DTensor) and value.dim() == 0:
-                    value.zero_()
+            _reset_counts(self._states(table))
 
     def trained_elsewhere(self, table: str) -> bool:
         """Whether a table was trained by an optimizer that we were not given."""
         if self._is_sharded and self._inner.module_sharding_plan[table].compute_kernel != "dense":
             return False
         weight = self._inner.embedding_bags[table].weight
-        return weight.grad is not None and not self._states(table) and not self._is_known(weight)
+        return weight.grad is not None and not self._states(table) and not _is_known(weight, self._optimizer)
 
-    def _is_known(self, weight: nn.Parameter) -> bool:
-        groups = self._optimizer.param_groups if self._optimizer is not None else []
-        in_groups = any(parameter is weight for group in groups for parameter in group["params"])
-        return in_groups or hasattr(weight, "_in_backward_optimizers")
+
+class DenseStore:
+    """A flat dense parameter, whole on every rank, and the optimizer state of its elements.
+
+    Args:
+        parameter: [M].
+        optimizer: the one that trains it, unless one was applied in backward; may be ``None``.
+    """
+
+    def __init__(self, parameter: nn.Parameter, optimizer: Optimizer | None) -> None:
+        self._parameter, self._optimizer = parameter, optimizer
+
+    def read(self) -> Tensor:
+        """The parameter in float32, a copy."""
+        return self._parameter.detach().to(torch.float32, copy=True)
+
+    def write(self, weight_M: Tensor) -> None:
+        """Replace the parameter's numbers."""
+        self._parameter.detach().copy_(weight_M)
+
+    def _states(self) -> dict[str, Any]:
+        external = self._optimizer.state.get(self._parameter) if self._optimizer is not None else None
+        return external or _in_backward_state(self._parameter)
+
+    def _state_parts(self) -> list[Piece]:
+        """Views [M, 1] of the kinds of optimizer state that are kept by element."""
+        states, initial = self._states(), _initial_sum(self._parameter, self._optimizer)
+        column = Piece(self._parameter.detach().view(-1, 1), 0, 0)
+        return [
+            part._replace(initial=initial if name == "sum" else 0.0)
+            for name in sorted(states)
+            for part in _rows_of_state(states[name], [column], self._parameter.numel())
+        ]
+
+    def read_optimizer(self) -> Tensor:
+        """The optimizer state of all elements: [M, S] float32, S = 0 where there is none."""
+        kinds = [part.tensor.float() for part in self._state_parts()]
+        return torch.cat([self.read().new_zeros(self._parameter.numel(), 0), *kinds], dim=1)
+
+    def write_optimizer(self, state_MS: Tensor) -> None:
+        """Replace the optimizer state of all elements; S = 0 resets it, step counts included."""
+        for column, part in enumerate(self._state_parts()):
+            if state_MS.shape[1]:
+                part.tensor.copy_(state_MS[:, column : column + 1])
+            else:
+                part.tensor.fill_(part.initial)
+        if not state_MS.shape[1]:
+            _reset_counts(self._states())
+
+    def trained_elsewhere(self) -> bool:
+        """Whether it was trained by an optimizer that we were not given."""
+        trained = self._parameter.grad is not None
+        return trained and not self._states() and not _is_known(self._parameter, self._optimizer)
 
 
 def _key(table: str) -> str:
     return f"embedding_bags.{table}.weight"
+
+
+def _initial_sum(weight: nn.Parameter, optimizer: Optimizer | None) -> float:
+    """Where Adagrad's sums start."""
+    optimizers = [optimizer, *getattr(weight, "_in_backward_optimizers", [])]
+    groups = [group for each in optimizers if each is not None for group in each.param_groups]
+    values = [g.get("initial_accumulator_value", 0.0) for g in groups if any(p is weight for p in g["params"])]
+    return values[0] if values else 0.0
+
+
+def _is_known(weight: nn.Parameter, optimizer: Optimizer | None) -> bool:
+    """Whether an optimizer that we were given trains it, or one in backward."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    in_groups = any(parameter is weight for group in groups for parameter in group["params"])
+    return in_groups or hasattr(weight, "_in_backward_optimizers")
+
+
+def _reset_counts(states: dict[str, Any]) -> None:
+    """Start step counts anew."""
+    for value in states.values():
+        if isinstance(value, Tensor) and not isinstance(value, ShardedTensor | DTensor) and value.dim() == 0:
+            value.zero_()
 
 
 def _in_backward_state(weight: nn.Parameter) -> dict[str, Any]:

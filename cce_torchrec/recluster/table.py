@@ -10,20 +10,26 @@ Shapes: V ids, N ids of a batch, C columns, K main rows, R rows of a column (K +
 optimizer-state values a row.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from cce_torchrec.hashing import derive_seed, hash_rows, mix64
+from cce_torchrec.hashing import derive_seed, hash_rows
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
-
-_MOVED_SAMPLE = 65_536
+from cce_torchrec.recluster.vocabulary import (
+    Block,
+    check_finite,
+    gather_assignments,
+    id_weights,
+    moved_fraction,
+    moved_sample,
+    sample,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +64,16 @@ class NewTable:
     empty_clusters: int
 
 
-@dataclass(frozen=True)
-class _Block:
-    """The ids of this rank, and how to walk through them."""
-
-    start: int
-    stop: int
-    batch: int
-    device: torch.device
-
-    def batches(self) -> Iterator[Tensor]:
-        for start in range(self.start, self.stop, self.batch):
-            yield torch.arange(start, min(start + self.batch, self.stop), device=self.device)
-
-
 def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, collectives: Collectives) -> NewTable:
     """Cluster one table; collective, and the same on every rank up to rounding whatever their number.
 
     Raises:
         ValueError: on every rank, where weights are not finite.
     """
-    _check_finite(state)
+    for column, codebook in enumerate(state.codebooks):
+        check_finite(state.name, f"column {column}", codebook, codebook.shape[1])
     row_map, num_ids = state.row_map, state.row_map.num_embeddings
-    share = -(-num_ids // collectives.world_size)
-    start = min(collectives.rank * share, num_ids)
-    block = _Block(start, min(start + share, num_ids), config.decode_batch_size, state.codebooks[0].device)
+    block = Block.of_rank(num_ids, config.decode_batch_size, state.codebooks[0].device, collectives)
     centroids = _fit_centroids(state, block, derive_seed(seed, state.name), config, collectives)
     coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
     sums = _Sums(state, centroids, coefficients)
@@ -92,30 +83,20 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     for ids_N in block.batches():
         assignments[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
     sums.reduce(collectives)
-    moved_fraction = _moved_fraction(row_map, block, assignments, collectives)
+    ids_N = moved_sample(num_ids, block)
+    after_CN = assignments[ids_N - block.start].T.to(torch.int64)
+    moved = moved_fraction(row_map.main_rows(ids_N), after_CN, row_map.num_main_rows, collectives)
     if len(row_map.assignments) == num_ids:  # this rank holds those of all ids
-        assignments = _gather_assignments(assignments, collectives)
+        assignments = gather_assignments(assignments, collectives)
     return NewTable(
         assignments=assignments,
         helper_coefficients=coefficients,
         codebooks=sums.codebooks(),
         optimizer_state=sums.optimizer_state(),
         relative_squared_error=sums.relative_squared_error(),
-        moved_fraction=moved_fraction,
+        moved_fraction=moved,
         empty_clusters=sums.empty_clusters(),
     )
-
-
-def _check_finite(state: TableState) -> None:
-    for column, codebook in enumerate(state.codebooks):
-        limit = (torch.finfo(codebook.dtype).max / codebook.shape[1]) ** 0.5 / 64
-        bad = int((~(codebook.abs() < limit)).sum())
-        if bad:
-            raise ValueError(
-                f"Table {state.name!r}: {bad} of {codebook.numel()} weights of column {column} are NaN or infinite (or above "
-                f"{limit:.0e}, where squares overflow), so it cannot be re-clustered. Load the last good checkpoint, then "
-                "lower the learning rate or clip gradients."
-            )
 
 
 def _decode(state: TableState, column: int, ids_N: Tensor) -> Tensor:
@@ -123,41 +104,14 @@ def _decode(state: TableState, column: int, ids_N: Tensor) -> Tensor:
     return state.codebooks[column][state.row_map.rows(ids_N)[column]].sum(dim=1)
 
 
-def _weights(state: TableState, ids_N: Tensor) -> Tensor:
-    if state.weights_V is None:
-        return torch.ones(len(ids_N), dtype=torch.float64, device=ids_N.device)
-    return state.weights_V[ids_N.to(state.weights_V.device)].to(ids_N.device, torch.float64)
-
-
-def _sample(state: TableState, block: _Block, size: int, seed: int, collectives: Collectives) -> tuple[Tensor, Tensor]:
-    """This rank's part of a Poisson sample of about ``size`` ids, and the weight each stands for.
-
-    Id v is in with probability p_v = min(1, size * w_v / sum w) and then weighs w_v / p_v, so sums over the sample are
-    unbiased, frequent ids are always in, and a table of at most ``size`` ids is in whole.
-    """
-    totals = torch.zeros(1, dtype=torch.float64, device=block.device)
-    for ids_N in block.batches():
-        totals += _weights(state, ids_N).sum()
-    total = collectives.all_reduce_sum(totals)
-    keep_everything = state.row_map.num_embeddings <= size
-    ids, weights = [torch.empty(0, dtype=torch.int64, device=block.device)], [totals[:0]]
-    for ids_N in block.batches():
-        weights_N = _weights(state, ids_N)
-        chance_N = torch.ones_like(weights_N) if keep_everything else (size * weights_N / total).clamp(max=1)
-        uniform_N = (mix64(ids_N ^ seed) >> 11 & (2**53 - 1)) * 2.0**-53
-        taken_N = uniform_N < chance_N
-        ids.append(ids_N[taken_N])
-        weights.append((weights_N / chance_N)[taken_N])
-    return torch.cat(ids), torch.cat(weights)
-
-
 def _fit_centroids(
-    state: TableState, block: _Block, seed: int, config: ReclusterConfig, collectives: Collectives
+    state: TableState, block: Block, seed: int, config: ReclusterConfig, collectives: Collectives
 ) -> list[Tensor]:
     """K-means on a sample, column by column."""
     num_rows = state.row_map.num_main_rows
-    ids_N, weights_N = _sample(
-        state, block, config.points_per_centroid * num_rows, derive_seed(seed, "sample"), collectives
+    size = config.points_per_centroid * num_rows
+    ids_N, weights_N = sample(
+        state.weights_V, state.row_map.num_embeddings, block, size, derive_seed(seed, "sample"), collectives
     )
     centroids = []
     for column, codebook in enumerate(state.codebooks):
@@ -197,7 +151,7 @@ class _Sums:
 
     def add(self, ids_N: Tensor) -> Tensor:
         """Assign a batch of ids and add them up; returns their assignments [N, C]."""
-        weights_N = _weights(self._state, ids_N)
+        weights_N = id_weights(self._state.weights_V, ids_N)
         helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
         old_rows_CNR = self._state.row_map.rows(ids_N)
         assignments = []
@@ -251,23 +205,3 @@ class _Sums:
     def empty_clusters(self) -> int:
         """Main rows that no id uses."""
         return sum(int((usage[: self._num_main] == 0).sum()) for usage in self._usage)
-
-
-def _gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
-    """All ranks' assignments in id order; as bytes, since not every backend knows int16."""
-    return collectives.all_gather_rows(share.view(torch.uint8)).view(share.dtype)
-
-
-def _moved_fraction(row_map: CCERowMap, block: _Block, new: Tensor, collectives: Collectives) -> float:
-    """Ids that did not follow the majority of their old cluster, over an evenly spaced sample and all columns."""
-    step, num_main = max(1, row_map.num_embeddings // _MOVED_SAMPLE), row_map.num_main_rows
-    ids_N = torch.arange(-(-block.start // step) * step, block.stop, step, device=block.device)
-    before_CN, after_CN = row_map.main_rows(ids_N), new[ids_N - block.start].T.to(torch.int64)
-    stayed = total = 0
-    for before_N, after_N in zip(before_CN, after_CN, strict=True):
-        pairs_N = collectives.all_gather_rows(before_N * num_main + after_N)
-        pairs, counts = torch.unique(pairs_N, return_counts=True)
-        most = torch.zeros(num_main, dtype=torch.int64, device=new.device)
-        most.scatter_reduce_(0, pairs // num_main, counts, "amax")
-        stayed, total = stayed + int(most.sum()), total + len(pairs_N)
-    return 1 - stayed / total

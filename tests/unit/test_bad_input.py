@@ -223,7 +223,7 @@ def cce(**fields: Any) -> CompressedEmbeddingBagCollection:
 
 
 def test_reclustering_nothing() -> None:
-    message = r"no table to re-cluster \({} compressed collections\): only the methods \['cce'\]"
+    message = r"no table to re-cluster \({} compressed collections\): only the methods \['cce'"
     with pytest.raises(ValueError, match="Linear has " + message.format(0)):
         recluster(torch.nn.Linear(2, 2), seed=0)
     with pytest.raises(ValueError, match=message.format(1)):

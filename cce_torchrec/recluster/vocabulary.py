@@ -1,0 +1,110 @@
+"""The ids of one table, shared out to the ranks: walking through them, weighing and sampling them, gathering what they got.
+
+Shapes: V ids, N ids of a batch, C columns.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cce_torchrec.hashing import mix64
+from cce_torchrec.recluster.collectives import Collectives
+
+_MOVED_SAMPLE = 65_536
+
+
+@dataclass(frozen=True)
+class Block:
+    """The ids of this rank, and how to walk through them."""
+
+    start: int
+    stop: int
+    batch: int
+    device: torch.device
+
+    @classmethod
+    def of_rank(cls, num_ids: int, batch: int, device: torch.device, collectives: Collectives) -> "Block":
+        """An equal share of ``num_ids`` ids for each rank."""
+        share = -(-num_ids // collectives.world_size)
+        start = min(collectives.rank * share, num_ids)
+        return cls(start, min(start + share, num_ids), batch, device)
+
+    def batches(self) -> Iterator[Tensor]:
+        """The ids in order, a bounded number at a time."""
+        for start in range(self.start, self.stop, self.batch):
+            yield torch.arange(start, min(start + self.batch, self.stop), device=self.device)
+
+
+def id_weights(weights_V: Tensor | None, ids_N: Tensor) -> Tensor:
+    """How much some ids matter: float64 [N]."""
+    if weights_V is None:
+        return torch.ones(len(ids_N), dtype=torch.float64, device=ids_N.device)
+    return weights_V[ids_N.to(weights_V.device)].to(ids_N.device, torch.float64)
+
+
+def sample(
+    weights_V: Tensor | None, num_ids: int, block: Block, size: int, seed: int, collectives: Collectives
+) -> tuple[Tensor, Tensor]:
+    """This rank's part of a Poisson sample of about ``size`` ids, and the weight each stands for.
+
+    Id v is in with probability p_v = min(1, size * w_v / sum w) and then weighs w_v / p_v, so sums over the sample are
+    unbiased, frequent ids are always in, and a table of at most ``size`` ids is in whole.
+    """
+    totals = torch.zeros(1, dtype=torch.float64, device=block.device)
+    for ids_N in block.batches():
+        totals += id_weights(weights_V, ids_N).sum()
+    total = collectives.all_reduce_sum(totals)
+    keep_everything = num_ids <= size
+    ids, weights = [torch.empty(0, dtype=torch.int64, device=block.device)], [totals[:0]]
+    for ids_N in block.batches():
+        weights_N = id_weights(weights_V, ids_N)
+        chance_N = torch.ones_like(weights_N) if keep_everything else (size * weights_N / total).clamp(max=1)
+        uniform_N = (mix64(ids_N ^ seed) >> 11 & (2**53 - 1)) * 2.0**-53
+        taken_N = uniform_N < chance_N
+        ids.append(ids_N[taken_N])
+        weights.append((weights_N / chance_N)[taken_N])
+    return torch.cat(ids), torch.cat(weights)
+
+
+def gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
+    """All ranks' assignments in id order; as bytes, since not every backend knows int16."""
+    return collectives.all_gather_rows(share.view(torch.uint8)).view(share.dtype)
+
+
+def moved_sample(num_ids: int, block: Block) -> Tensor:
+    """The ids of this rank on which :func:`moved_fraction` is measured, evenly spaced over those of all ranks."""
+    step = max(1, num_ids // _MOVED_SAMPLE)
+    return torch.arange(-(-block.start // step) * step, block.stop, step, device=block.device)
+
+
+def moved_fraction(before_CN: Tensor, after_CN: Tensor, num_clusters: int, collectives: Collectives) -> float:
+    """Ids that did not follow the majority of their old cluster, over the given ids of all ranks and all columns.
+
+    Args:
+        before_CN: clusters, int64 [C, N].
+        after_CN: the same after the clustering.
+        num_clusters: they are in [0, num_clusters).
+        collectives: how to reach the other ranks.
+    """
+    stayed = total = 0
+    for before_N, after_N in zip(before_CN, after_CN, strict=True):
+        pairs_N = collectives.all_gather_rows(before_N * num_clusters + after_N)
+        pairs, counts = torch.unique(pairs_N, return_counts=True)
+        most = torch.zeros(num_clusters, dtype=torch.int64, device=before_CN.device)
+        most.scatter_reduce_(0, pairs // num_clusters, counts, "amax")
+        stayed, total = stayed + int(most.sum()), total + len(pairs_N)
+    return 1 - stayed / total
+
+
+def check_finite(table: str, part: str, weights: Tensor, width: int) -> None:
+    """Raise a ``ValueError`` where weights, read ``width`` at a time, are not finite or have squares that are not."""
+    limit = (torch.finfo(weights.dtype).max / width) ** 0.5 / 64
+    bad = int((~(weights.abs() < limit)).sum())
+    if bad:
+        raise ValueError(
+            f"Table {table!r}: {bad} of {weights.numel()} weights of {part} are NaN or infinite (or above "
+            f"{limit:.0e}, where squares overflow), so it cannot be re-clustered. Load the last good checkpoint, then "
+            "lower the learning rate or clip gradients."
+        )
