@@ -1,6 +1,7 @@
 """Compression methods, one file each; ``METHODS`` is the registry, one line each."""
 
 from cce_torchrec.methods.base import Column, DecodeMethod, Decoder, MethodConfig, RowMap, RowMethod, TableSpec
+from cce_torchrec.methods.bloom import Bloom
 from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
@@ -10,6 +11,7 @@ from cce_torchrec.methods.qr import QR
 METHODS: dict[str, type[MethodConfig]] = {
     FullTable.key: FullTable,
     HashingTrick.key: HashingTrick,
+    Bloom.key: Bloom,
     CE.key: CE,
     QR.key: QR,
     CCE.key: CCE,
@@ -20,6 +22,7 @@ __all__ = [
     "CE",
     "METHODS",
     "QR",
+    "Bloom",
     "Column",
     "DecodeMethod",
     "Decoder",

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cce_torchrec.methods.base import RowMap, RowMethod, budget_rows, check_rows
+from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows, check_rows
 from cce_torchrec.methods.ce import HashedRowMap
 
 
@@ -42,4 +42,4 @@ class HashingTrick(RowMethod):
         return {"num_rows": budget_rows(cls.key, num_params, embedding_dim, smallest=overrides.get("num_rows", 1))}
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
-        return HashedRowMap(self.num_rows, 1, embedding_dim, (self.seed, table, self.key), device)
+        return HashedRowMap((Column(self.num_rows, embedding_dim),), (self.seed, table, self.key), device)

@@ -15,6 +15,7 @@ from cce_torchrec import (
     CCE,
     CE,
     QR,
+    Bloom,
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingBagConfig,
     CompressionRule,
@@ -29,7 +30,7 @@ from tests.unit.oracles import make_kjt
 
 V, D = 20, 8
 BOUNDED = [FullTable(), QR(num_remainders=4), QR(num_remainders=4, operation="concat"), CCE(num_rows=4, num_columns=2)]
-HASHED = [HashingTrick(num_rows=4), CE(num_rows=4, num_columns=2)]
+HASHED = [HashingTrick(num_rows=4), Bloom(num_rows=4, num_hashes=1), CE(num_rows=4, num_columns=2)]
 
 
 def table(method: Any = None, name: str = "t", **fields: Any) -> CompressedEmbeddingBagConfig:
@@ -93,7 +94,7 @@ def test_tables_of_no_size(fields: dict[str, int]) -> None:
 @pytest.mark.parametrize("value", [0, -5, 2.0, "8", None])
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(CCE, "num_rows"), (CE, "num_rows"), (HashingTrick, "num_rows"), (QR, "num_remainders")],
+    [(CCE, "num_rows"), (CE, "num_rows"), (HashingTrick, "num_rows"), (Bloom, "num_rows"), (QR, "num_remainders")],
 )
 def test_sizes_that_are_not_positive_integers(method: Any, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}={value!r} is not a positive integer"):
@@ -105,6 +106,13 @@ def test_other_sizes_of_cce(fields: dict[str, int]) -> None:
     ((name, value),) = fields.items()
     with pytest.raises(ValueError, match=rf"{name}={value} is not"):
         CCE(num_rows=5, **fields)
+
+
+def test_bloom_without_hashes() -> None:
+    with pytest.raises(ValueError, match="num_hashes=0 is not a positive integer"):
+        Bloom(num_rows=5, num_hashes=0)
+    with pytest.raises(ValueError, match="num_hashes=0 is not a positive integer"):
+        Bloom.from_budget(V, D, 100, num_hashes=0)
 
 
 def test_unknown_operation_of_qr() -> None:
@@ -200,7 +208,7 @@ def test_hashed_methods_tell_any_ids_apart(
 ) -> None:
     collection = build(table(method), bounds_check_mode=mode)
     out = collection(make_kjt({"f": [[number] for number in range(-50, 50)]}))["f"]
-    assert len(torch.unique(out.detach(), dim=0)) == (4 if isinstance(method, HashingTrick) else 16)
+    assert len(torch.unique(out.detach(), dim=0)) == (16 if isinstance(method, CE) else 4)
     assert not caplog.records
 
 

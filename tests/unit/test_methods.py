@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cce_torchrec import CCE, CE, QR, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, FullTable
+from cce_torchrec import CCE, CE, QR, Bloom, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, FullTable
 from cce_torchrec import HashingTrick as Hashing
 from cce_torchrec.methods import MethodConfig
 from cce_torchrec.methods.base import id_chunks
@@ -38,6 +38,17 @@ def test_hashing_trick_looks_up_the_hashed_row() -> None:
     assert codebook.shape == (7, D)
     expected = [codebook[python_hash(v, 7, 0, 3, "t", "hashing_trick")] for v in range(V)]
     assert torch.equal(collection.dense_weight("t"), torch.stack(expected))
+
+
+@pytest.mark.parametrize("hashes", [1, 2, 4, 7])
+def test_bloom_is_the_mean_of_hashed_rows(hashes: int) -> None:
+    collection = build(Bloom(num_rows=11, num_hashes=hashes, seed=5))
+    (codebook,) = weights(collection)
+    assert codebook.shape == (11, D)
+    rows = [[python_hash(v, 11, j, 5, "t", "bloom") for j in range(hashes)] for v in range(V)]
+    expected = [sum(codebook[row] for row in of_id) / hashes for of_id in rows]
+    torch.testing.assert_close(collection.dense_weight("t"), torch.stack(expected))
+    assert Bloom(num_rows=11).num_hashes == 4
 
 
 def test_ce_concatenates_a_hashed_row_a_column() -> None:
