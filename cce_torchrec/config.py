@@ -66,7 +66,7 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"Table {table.name!r} has assignment_placement={placement!r}, not one of {get_args(AssignmentPlacement)}."
             )
-        if placement == "sharded" and not method_of(table).reclusterable:
+        if placement == "sharded" and not method_of(table).stores_assignments:
             raise ValueError(
                 f"Table {table.name!r} has assignment_placement='sharded', but its method {method_of(table).key!r} stores no "
                 "assignments: leave it 'replicated'."

@@ -7,6 +7,7 @@ from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
 from cce_torchrec.methods.hashing_trick import HashingTrick
 from cce_torchrec.methods.qr import QR
+from cce_torchrec.methods.residual_cce import ResidualCCE
 
 METHODS: dict[str, type[MethodConfig]] = {
     FullTable.key: FullTable,
@@ -15,6 +16,7 @@ METHODS: dict[str, type[MethodConfig]] = {
     CE.key: CE,
     QR.key: QR,
     CCE.key: CCE,
+    ResidualCCE.key: ResidualCCE,
 }
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "FullTable",
     "HashingTrick",
     "MethodConfig",
+    "ResidualCCE",
     "RowMap",
     "RowMethod",
     "TableSpec",

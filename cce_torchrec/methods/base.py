@@ -98,9 +98,16 @@ class Decoder(nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(ABC):
-    """How one table is compressed; subclasses add their sizes."""
+    """How one table is compressed; subclasses add their sizes.
+
+    Attributes:
+        key: its name in the registry.
+        stores_assignments: whether rows are stored for each id, so that they can be learned.
+        reclusterable: whether re-clustering learns them from the table itself.
+    """
 
     key: ClassVar[str]
+    stores_assignments: ClassVar[bool] = False
     reclusterable: ClassVar[bool] = False
 
     @abstractmethod

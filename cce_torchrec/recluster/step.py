@@ -177,9 +177,7 @@ def _commit(collection: Collection, store: Store, new_tables: list[tuple[Lowered
                     table.name,
                     name,
                 )
-        table.row_map.assignments.copy_(new.assignments)
-        table.row_map.helper_coefficients.copy_(new.helper_coefficients)
-        table.row_map.version += 1
+        table.row_map.replace(new.assignments, new.helper_coefficients)
     names_and_books = [
         (n, b) for table, new in new_tables for n, b in zip(table.physical_names, new.codebooks, strict=True)
     ]

@@ -4,10 +4,13 @@
     M_i   <- K-means centroids of x_i,   h_i(v) <- nearest       fitted on a sample, assigned exactly
     M'_i[j] <- mean of x_i(v) - M_i[h_i(v)] over h'_i(v) = j     with a fresh hash h'_i
 
+Where a column has several codebooks with assignments, the second is fitted and assigned on the residuals of the first,
+and so on; M' is the mean of what the last one leaves.
+
 Each rank decodes and assigns its own block of ids; only sums, and at the end the assignments, travel.
 
-Shapes: V ids, N ids of a batch, C columns, K main rows, R rows of a column (K + helper rows), D dims of a column, S
-optimizer-state values a row.
+Shapes: V ids, N ids of a batch, C columns, A codebooks with assignments a column, K rows of each, R rows of a column
+(A * K + helper rows), D dims of a column, S optimizer-state values a row.
 """
 
 from collections.abc import Iterator
@@ -32,7 +35,7 @@ class TableState:
 
     Attributes:
         name: of the logical table.
-        row_map: assignments and hashes.
+        row_map: assignments and hashes, to be replaced.
         codebooks: [R, D] float32 of each column: main rows, then helper rows.
         optimizer_state: [R, S] float32 of each column; S may be 0.
         weights_V: importance of each id, or ``None`` for 1.
@@ -87,7 +90,10 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
     sums = _Sums(state, centroids, coefficients)
     assignments = torch.empty(
-        block.stop - block.start, len(centroids), dtype=row_map.assignments.dtype, device=block.device
+        block.stop - block.start,
+        row_map.assignments.shape[1],
+        dtype=row_map.assignments.dtype,
+        device=block.device,
     )
     for ids_N in block.batches():
         assignments[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
@@ -154,8 +160,8 @@ def _sample(state: TableState, block: _Block, size: int, seed: int, collectives:
 def _fit_centroids(
     state: TableState, block: _Block, seed: int, config: ReclusterConfig, collectives: Collectives
 ) -> list[Tensor]:
-    """K-means on a sample, column by column."""
-    num_rows = state.row_map.num_main_rows
+    """K-means on a sample, column by column and level by level: [A, K, D] of each column."""
+    num_rows = state.row_map.level_rows
     ids_N, weights_N = _sample(
         state, block, config.points_per_centroid * num_rows, derive_seed(seed, "sample"), collectives
     )
@@ -163,17 +169,22 @@ def _fit_centroids(
     for column, codebook in enumerate(state.codebooks):
         batches = ids_N.split(config.decode_batch_size)
         points_ND = torch.cat([codebook[:0], *(_decode(state, column, batch_N) for batch_N in batches)])
-        result = kmeans(
-            points_ND,
-            num_rows,
-            seed=derive_seed(seed, column),
-            point_ids_N=ids_N,
-            weights_N=weights_N,
-            num_iterations=config.num_iterations,
-            tolerance=config.tolerance,
-            collectives=collectives,
-        )
-        centroids.append(result.centroids_KD)
+        levels: list[Tensor] = []
+        for level in range(state.row_map.num_assigned):
+            if level:
+                points_ND = points_ND - levels[-1][assign_nearest(points_ND, levels[-1])[0]]
+            result = kmeans(
+                points_ND,
+                num_rows,
+                seed=derive_seed(seed, column, *([level] if level else [])),
+                point_ids_N=ids_N,
+                weights_N=weights_N,
+                num_iterations=config.num_iterations,
+                tolerance=config.tolerance,
+                collectives=collectives,
+            )
+            levels.append(result.centroids_KD)
+        centroids.append(torch.stack(levels))
     return centroids
 
 
@@ -196,23 +207,24 @@ class _Sums:
         self._optimizer = [_zeros(*old.shape, like=old) for old in state.optimizer_state]
 
     def add(self, ids_N: Tensor) -> Tensor:
-        """Assign a batch of ids and add them up; returns their assignments [N, C]."""
+        """Assign a batch of ids and add them up; returns their assignments [N, C * A]."""
         weights_N = _weights(self._state, ids_N)
         helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
         old_rows_CNR = self._state.row_map.rows(ids_N)
         assignments = []
-        for column, (codebook, centroids_KD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
+        for column, (codebook, centroids_AKD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
             points_ND = codebook[old_rows_CNR[column]].sum(dim=1)
-            nearest_N, distance_N = assign_nearest(points_ND, centroids_KD)
-            assignments.append(nearest_N)
             self._energy[0] += points_ND.double().square().sum(dim=1) @ weights_N
+            new_rows = []
+            for level, centroids_KD in enumerate(centroids_AKD):
+                nearest_N, distance_N = assign_nearest(points_ND, centroids_KD)
+                points_ND = points_ND - centroids_KD[nearest_N]
+                assignments.append(nearest_N)
+                new_rows.append(nearest_N + level * len(centroids_KD))
             self._energy[1] += distance_N.double() @ weights_N
-            residual_ND = (points_ND - centroids_KD[nearest_N]).double() * weights_N[:, None]
-            self._residual[column].index_add_(0, helpers_CN[column], residual_ND)
-            for new_N, old_N in (
-                (nearest_N, old_rows_CNR[column, :, 0]),
-                (helpers_CN[column] + self._num_main, old_rows_CNR[column, :, 1]),
-            ):
+            self._residual[column].index_add_(0, helpers_CN[column], points_ND.double() * weights_N[:, None])
+            new_rows.append(helpers_CN[column] + self._num_main)
+            for new_N, old_N in zip(new_rows, old_rows_CNR[column].T, strict=True):
                 self._usage[column].index_add_(0, new_N, torch.ones_like(weights_N))
                 self._mass[column].index_add_(0, new_N, weights_N)
                 old_NS = self._state.optimizer_state[column][old_N].double()
@@ -233,7 +245,7 @@ class _Sums:
     def codebooks(self) -> list[Tensor]:
         """Centroids, then mean residuals, of each column."""
         means = [self._helper_means(column) for column in range(len(self._centroids))]
-        return [torch.cat([c, mean.to(c.dtype)]) for c, mean in zip(self._centroids, means, strict=True)]
+        return [torch.cat([c.flatten(0, 1), mean.to(c.dtype)]) for c, mean in zip(self._centroids, means, strict=True)]
 
     def optimizer_state(self) -> list[Tensor]:
         """The mean old state over the ids of each new row; 0 for rows that none uses."""
@@ -259,8 +271,8 @@ def _gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
 
 
 def _moved_fraction(row_map: CCERowMap, block: _Block, new: Tensor, collectives: Collectives) -> float:
-    """Ids that did not follow the majority of their old cluster, over an evenly spaced sample and all columns."""
-    step, num_main = max(1, row_map.num_embeddings // _MOVED_SAMPLE), row_map.num_main_rows
+    """Ids that did not follow the majority of their old cluster, over an evenly spaced sample and all codebooks."""
+    step, num_main = max(1, row_map.num_embeddings // _MOVED_SAMPLE), row_map.level_rows
     ids_N = torch.arange(-(-block.start // step) * step, block.stop, step, device=block.device)
     before_CN, after_CN = row_map.main_rows(ids_N), new[ids_N - block.start].T.to(torch.int64)
     stayed = total = 0

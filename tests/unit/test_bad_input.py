@@ -23,6 +23,7 @@ from cce_torchrec import (
     HashingTrick,
     ReclusterConfig,
     ReclusterSchedule,
+    ResidualCCE,
     recluster,
 )
 from cce_torchrec.methods import MethodConfig
@@ -108,6 +109,15 @@ def test_other_sizes_of_cce(fields: dict[str, int]) -> None:
         CCE(num_rows=5, **fields)
 
 
+@pytest.mark.parametrize("levels", [1, 0, -2, 2.0])
+def test_levels_of_residual_cce(levels: Any) -> None:
+    message = rf"num_levels={levels} (leaves no codebook .* 2 levels or more|is not a positive integer)"
+    with pytest.raises(ValueError, match=message):
+        ResidualCCE(num_rows=5, num_levels=levels)
+    with pytest.raises(ValueError, match=message):
+        ResidualCCE.from_budget(V, D, 1000, num_levels=levels)
+
+
 def test_bloom_without_hashes() -> None:
     with pytest.raises(ValueError, match="num_hashes=0 is not a positive integer"):
         Bloom(num_rows=5, num_hashes=0)
@@ -124,6 +134,8 @@ def test_budget_too_small_names_the_smallest_one() -> None:
     with pytest.raises(ValueError, match=r"cce: a budget of 15 parameters is too small .* smallest possible is 16"):
         CCE.from_budget(V, D, 15)
     assert CCE.from_budget(V, D, 16).num_params(V, D) == 16
+    with pytest.raises(ValueError, match=r"residual_cce: a budget of 31 parameters .* smallest possible is 32"):
+        ResidualCCE.from_budget(V, D, 31, num_levels=4)
 
 
 def test_names_that_collide_once_cut_in_columns() -> None:
@@ -231,7 +243,7 @@ def cce(**fields: Any) -> CompressedEmbeddingBagCollection:
 
 
 def test_reclustering_nothing() -> None:
-    message = r"no table to re-cluster \({} compressed collections\): only the methods \['cce'\]"
+    message = r"no table to re-cluster \({} compressed collections\): only the methods \['cce', 'residual_cce'\]"
     with pytest.raises(ValueError, match="Linear has " + message.format(0)):
         recluster(torch.nn.Linear(2, 2), seed=0)
     with pytest.raises(ValueError, match=message.format(1)):

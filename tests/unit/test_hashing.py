@@ -92,7 +92,8 @@ def test_families_of_different_keys_are_independent(one: tuple, other: tuple) ->
 
 
 def test_cce_main_helper_and_next_helper_are_independent() -> None:
-    row_map = CCERowMap(CCE(num_rows=200, num_columns=1), "t", NUM_IDS, 4, None)
+    row_map = CCE(num_rows=200, num_columns=1).row_map("t", NUM_IDS, 4, None)
+    assert isinstance(row_map, CCERowMap)
     ids = torch.arange(NUM_IDS)
     main, helper = row_map.main_rows(ids)[0], row_map.helper_rows(ids)[0]
     next_helper = hash_rows(ids, row_map.draw_helper_coefficients(1), 200)[0]
