@@ -8,7 +8,7 @@ from cce_torchrec.distributed import (
     get_sharders,
 )
 from cce_torchrec.memory import MemoryReport
-from cce_torchrec.methods import CCE, CE, METHODS, QR, Bloom, FullTable, HashingTrick, ResidualCCE
+from cce_torchrec.methods import CCE, CE, METHODS, PQ, QR, Bloom, FullTable, HashingTrick, ResidualCCE
 from cce_torchrec.planner import CompressedStorageReservation, parameter_constraints
 from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
 from cce_torchrec.swap import CompressionRule, compress
@@ -17,6 +17,7 @@ __all__ = [
     "CCE",
     "CE",
     "METHODS",
+    "PQ",
     "QR",
     "Bloom",
     "CompressedEmbeddingBagCollection",

@@ -6,6 +6,7 @@ from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.ce import CE
 from cce_torchrec.methods.full import FullTable
 from cce_torchrec.methods.hashing_trick import HashingTrick
+from cce_torchrec.methods.pq import PQ
 from cce_torchrec.methods.qr import QR
 from cce_torchrec.methods.residual_cce import ResidualCCE
 
@@ -17,12 +18,14 @@ METHODS: dict[str, type[MethodConfig]] = {
     QR.key: QR,
     CCE.key: CCE,
     ResidualCCE.key: ResidualCCE,
+    PQ.key: PQ,
 }
 
 __all__ = [
     "CCE",
     "CE",
     "METHODS",
+    "PQ",
     "QR",
     "Bloom",
     "Column",

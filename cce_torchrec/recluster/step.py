@@ -148,7 +148,12 @@ def _read(table: LoweredTable, store: Store, weights_V: Tensor | None, config: R
     else:
         states = [codebook.new_zeros(len(codebook), 0) for codebook in codebooks]
     return TableState(
-        name=table.name, row_map=table.row_map, codebooks=codebooks, optimizer_state=states, weights_V=weights_V
+        name=table.name,
+        row_map=table.row_map,
+        rows=table.row_map.rows,
+        codebooks=codebooks,
+        optimizer_state=states,
+        weights_V=weights_V,
     )
 
 

@@ -13,7 +13,7 @@ Shapes: V ids, N ids of a batch, C columns, A codebooks with assignments a colum
 (A * K + helper rows), D dims of a column, S optimizer-state values a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -36,13 +36,16 @@ class TableState:
     Attributes:
         name: of the logical table.
         row_map: assignments and hashes, to be replaced.
-        codebooks: [R, D] float32 of each column: main rows, then helper rows.
-        optimizer_state: [R, S] float32 of each column; S may be 0.
+        rows: ids to the rows of ``codebooks`` that add up to their vectors, [C, N, rows an id]: those of ``row_map``, or of
+            another table that is to be approximated.
+        codebooks: float32 of each column: main rows, then helper rows; or those of the other table.
+        optimizer_state: S numbers a row of each column, float32; S may be 0, and is for another table.
         weights_V: importance of each id, or ``None`` for 1.
     """
 
     name: str
     row_map: CCERowMap
+    rows: Callable[[Tensor], Tensor]
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     weights_V: Tensor | None
@@ -53,7 +56,7 @@ class NewTable:
     """What replaces a :class:`TableState`, and how good it is; ``assignments`` of the ids that the row map holds."""
 
     assignments: Tensor
-    helper_coefficients: Tensor
+    helper_coefficients: Tensor | None
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     relative_squared_error: float
@@ -87,7 +90,9 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     start = min(collectives.rank * share, num_ids)
     block = _Block(start, min(start + share, num_ids), config.decode_batch_size, state.codebooks[0].device)
     centroids = _fit_centroids(state, block, derive_seed(seed, state.name), config, collectives)
-    coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
+    coefficients = None
+    if row_map.num_helper_rows:
+        coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
     sums = _Sums(state, centroids, coefficients)
     assignments = torch.empty(
         block.stop - block.start,
@@ -126,7 +131,7 @@ def _check_finite(state: TableState) -> None:
 
 def _decode(state: TableState, column: int, ids_N: Tensor) -> Tensor:
     """The column vectors of some ids: [N, D]."""
-    return state.codebooks[column][state.row_map.rows(ids_N)[column]].sum(dim=1)
+    return state.codebooks[column][state.rows(ids_N)[column]].sum(dim=1)
 
 
 def _weights(state: TableState, ids_N: Tensor) -> Tensor:
@@ -196,21 +201,23 @@ def _zeros(*shape: int, like: Tensor) -> Tensor:
 class _Sums:
     """What is added up while the ids go by, for all columns."""
 
-    def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor) -> None:
+    def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor | None) -> None:
         self._state, self._centroids, self._helper_coefficients = state, centroids, helper_coefficients
-        self._num_main = state.row_map.num_main_rows
-        books, main = state.codebooks, self._num_main
+        self._num_main, num_helper = state.row_map.num_main_rows, state.row_map.num_helper_rows
+        books, num_rows = state.codebooks, self._num_main + num_helper
         self._energy = _zeros(2, like=books[0])  # sum of |x|^2, sum of |x - centroid|^2
-        self._usage = [_zeros(len(book), like=book) for book in books]  # ids a row
-        self._mass = [_zeros(len(book), like=book) for book in books]  # weight a row
-        self._residual = [_zeros(*book[main:].shape, like=book) for book in books]
-        self._optimizer = [_zeros(*old.shape, like=old) for old in state.optimizer_state]
+        self._usage = [_zeros(num_rows, like=book) for book in books]  # ids a row
+        self._mass = [_zeros(num_rows, like=book) for book in books]  # weight a row
+        self._residual = [_zeros(num_helper, book.shape[1], like=book) for book in books]
+        self._optimizer = [_zeros(num_rows, old.shape[1], like=old) for old in state.optimizer_state]
 
     def add(self, ids_N: Tensor) -> Tensor:
         """Assign a batch of ids and add them up; returns their assignments [N, C * A]."""
         weights_N = _weights(self._state, ids_N)
-        helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
-        old_rows_CNR = self._state.row_map.rows(ids_N)
+        helpers_CN: Tensor | None = None
+        if self._helper_coefficients is not None:
+            helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
+        old_rows_CNR = self._state.rows(ids_N)
         assignments = []
         for column, (codebook, centroids_AKD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
             points_ND = codebook[old_rows_CNR[column]].sum(dim=1)
@@ -222,13 +229,16 @@ class _Sums:
                 assignments.append(nearest_N)
                 new_rows.append(nearest_N + level * len(centroids_KD))
             self._energy[1] += distance_N.double() @ weights_N
-            self._residual[column].index_add_(0, helpers_CN[column], points_ND.double() * weights_N[:, None])
-            new_rows.append(helpers_CN[column] + self._num_main)
-            for new_N, old_N in zip(new_rows, old_rows_CNR[column].T, strict=True):
+            if helpers_CN is not None:
+                self._residual[column].index_add_(0, helpers_CN[column], points_ND.double() * weights_N[:, None])
+                new_rows.append(helpers_CN[column] + self._num_main)
+            old_state_RS = self._state.optimizer_state[column]
+            for place, new_N in enumerate(new_rows):
                 self._usage[column].index_add_(0, new_N, torch.ones_like(weights_N))
                 self._mass[column].index_add_(0, new_N, weights_N)
-                old_NS = self._state.optimizer_state[column][old_N].double()
-                self._optimizer[column].index_add_(0, new_N, old_NS * weights_N[:, None])
+                if old_state_RS.shape[1]:
+                    old_NS = old_state_RS[old_rows_CNR[column, :, place]].double()
+                    self._optimizer[column].index_add_(0, new_N, old_NS * weights_N[:, None])
         return torch.stack(assignments, dim=1)
 
     def reduce(self, collectives: Collectives) -> None:
