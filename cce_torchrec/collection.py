@@ -17,7 +17,7 @@ from cce_torchrec.config import check_tables
 from cce_torchrec.lowering import LoweredTable, check_layouts, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes
 from cce_torchrec.methods.base import id_chunks
-from cce_torchrec.rewrite import Relabel, RowRewriter
+from cce_torchrec.rewrite import Relabel, RowRewriter, looks_up_weights
 
 
 class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -62,7 +62,12 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, [device] * len(tables))
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
-        self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)
+        self._is_weighted = is_weighted
+        self._embedding_bag_collection = EmbeddingBagCollection(
+            physical, looks_up_weights(self.lowered_tables, is_weighted), device
+        )
+        for bag in self._embedding_bag_collection.embedding_bags.values():
+            bag.register_forward_pre_hook(_weights_of_own_type, with_kwargs=True)
         self._rewrite = RowRewriter(
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
         )
@@ -98,7 +103,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def is_weighted(self) -> bool:
         """Whether KJTs must carry weights."""
-        return self._embedding_bag_collection.is_weighted()
+        return self._is_weighted
 
     @property
     def device(self) -> torch.device:
@@ -142,6 +147,12 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return memory_report(self.lowered_tables, optimizer_bytes)
 
 
+def _weights_of_own_type(bag: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A hook before a lookup: torch wants the weights of rows in the type of the table."""
+    weights = kwargs.get("per_sample_weights")
+    return args, kwargs if weights is None else {**kwargs, "per_sample_weights": weights.to(bag.weight.dtype)}
+
+
 def refuse_other_layouts(collection: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before loading: nothing is changed where the state dict is that of other tables."""
     check_layouts(collection.lowered_tables, state, f"{prefix}_row_maps.")  # type: ignore[arg-type]
@@ -152,6 +163,13 @@ def dense_weight(table: LoweredTable, weights: Sequence[Tensor]) -> Tensor:
     config, row_map = table.config, table.row_map
     out_VD = torch.empty(config.num_embeddings, config.embedding_dim, device=weights[0].device)
     for ids_N in id_chunks(config.num_embeddings, weights[0].device):
-        columns = [weight[rows_NR].float().sum(1) for weight, rows_NR in zip(weights, row_map.rows(ids_N), strict=True)]
+        rows_CNR = row_map.rows(ids_N)
+        factors_CNR = (
+            row_map.row_weights(ids_N).expand_as(rows_CNR) if row_map.has_row_weights else [None] * len(rows_CNR)
+        )
+        columns = []
+        for weight, rows_NR, factors_NR in zip(weights, rows_CNR, factors_CNR, strict=True):
+            vectors_NRD = weight[rows_NR].float()
+            columns.append((vectors_NRD if factors_NR is None else vectors_NRD * factors_NR.unsqueeze(-1)).sum(1))
         out_VD[ids_N[0] : ids_N[-1] + 1] = torch.cat(columns, dim=1) * row_map.scale
     return out_VD

@@ -20,9 +20,10 @@ from cce_torchrec.methods.base import (
 
 
 class HashedRowMap(RowMap):
-    """The mean of ``num_hashes`` hashed rows in every column."""
+    """The mean of ``num_hashes`` hashed rows in every column; all of an id's with one hashed sign, where there is one."""
 
     coefficients: Tensor
+    sign_coefficients: Tensor | None
 
     def __init__(
         self,
@@ -31,10 +32,13 @@ class HashedRowMap(RowMap):
         device: torch.device | None,
         *,
         num_hashes: int = 1,
+        sign: bool = False,
     ) -> None:
         super().__init__()
         self.columns, self.rows_per_id, self.scale = columns, num_hashes, 1 / num_hashes
-        self._key = key
+        self.has_row_weights, self._key = sign, key
+        sign_coefficients = torch.empty(2, dtype=torch.int64, device=device) if sign else None
+        self.register_buffer("sign_coefficients", sign_coefficients)
         self.register_buffer(
             "coefficients", torch.empty(1 + len(columns) * num_hashes, dtype=torch.int64, device=device)
         )
@@ -42,10 +46,16 @@ class HashedRowMap(RowMap):
 
     def reset_parameters(self) -> None:
         self.coefficients.copy_(hash_coefficients(len(self.coefficients) - 1, *self._key))
+        if self.sign_coefficients is not None:
+            self.sign_coefficients.copy_(hash_coefficients(1, *self._key, "sign"))
 
     def rows(self, ids_N: Tensor) -> Tensor:
         rows_FN = hash_rows(ids_N, self.coefficients, self.columns[0].num_rows)
         return rows_FN.view(len(self.columns), self.rows_per_id, -1).transpose(1, 2).contiguous()
+
+    def row_weights(self, ids_N: Tensor) -> Tensor:
+        assert self.sign_coefficients is not None
+        return hash_rows(ids_N, self.sign_coefficients, 2).unsqueeze(-1) * 2.0 - 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

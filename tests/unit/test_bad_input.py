@@ -118,6 +118,12 @@ def test_levels_of_residual_cce(levels: Any) -> None:
         ResidualCCE.from_budget(V, D, 1000, num_levels=levels)
 
 
+@pytest.mark.parametrize("sign", [1, "yes", None], ids=str)
+def test_a_sign_that_is_no_choice(sign: Any) -> None:
+    with pytest.raises(ValueError, match=f"sign={sign!r} is neither True nor False"):
+        HashingTrick(num_rows=5, sign=sign)
+
+
 def test_bloom_without_hashes() -> None:
     with pytest.raises(ValueError, match="num_hashes=0 is not a positive integer"):
         Bloom(num_rows=5, num_hashes=0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cce_torchrec.hashing import MAX_ROWS, hash_coefficients, hash_rows, mix64
-from cce_torchrec.methods import CCE
+from cce_torchrec.methods import CCE, HashingTrick
 from cce_torchrec.methods.cce import CCERowMap
 from tests.unit.oracles import python_hash, python_mix64, uniformity
 
@@ -99,6 +99,13 @@ def test_cce_main_helper_and_next_helper_are_independent() -> None:
     next_helper = hash_rows(ids, row_map.draw_helper_coefficients(1), 200)[0]
     for first_N, second_N in ((main, helper), (helper, next_helper), (main, next_helper)):
         assert abs(uniformity(first_N * 200 + second_N, 200**2)) < LIMIT
+
+
+def test_the_sign_of_an_id_is_independent_of_its_row() -> None:
+    row_map = HashingTrick(num_rows=100, sign=True).row_map("t", NUM_IDS, 4, None)
+    ids = torch.arange(NUM_IDS)
+    sides_N = (row_map.row_weights(ids).view(-1).long() + 1) // 2
+    assert abs(uniformity(row_map.rows(ids).view(-1) * 2 + sides_N, 200)) < LIMIT
 
 
 def test_zero_and_negative_ids_are_ordinary() -> None:
