@@ -18,8 +18,8 @@ class HashingTrick(RowMethod):
 
     Args:
         num_rows: k, rows of the table.
-        sign: whether there is a sign hash, as in the paper. All tables of the collection are then looked up with a weight
-            (4 bytes) a row, so it is off by default.
+        sign: whether there is a sign hash, as in the paper. All tables of the collection are then looked up with a weight a
+            row, which takes time, so it is off by default, and signed tables are better put in a collection of their own.
         seed: of the hash functions; the table's name is part of the seed.
 
     Paper: Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009, arXiv 0902.2206.
