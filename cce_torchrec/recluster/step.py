@@ -37,7 +37,7 @@ def recluster(
     optimizer: Optimizer | None = None,
     id_weights: Mapping[str, Tensor] | None = None,
 ) -> ReclusterReport:
-    """Re-cluster every table with learned assignments (CCE) in a model, sharded or not.
+    """Re-cluster every table with learned assignments (CCE, residual CCE) in a model, sharded or not.
 
         M_i <- K-means centroids,  h_i <- nearest centroid,  h'_i <- fresh hash,  M'_i <- mean residuals
 

@@ -1,5 +1,7 @@
 """Residual CCE against its formula, against CCE, and its re-clustering against explicit loops over levels."""
 
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor
@@ -155,6 +157,29 @@ def test_empty_clusters_are_counted_at_every_level() -> None:
     assignments = collection.state_dict()["_row_maps.t.assignments"]
     used = sum(len(set(column.tolist())) for column in assignments.T)
     assert report.empty_clusters == 2 * 2 * 50 - used
+
+
+@every_size
+def test_moved_ids_are_those_that_leave_the_majority_of_their_old_row_at_any_level(method: ResidualCCE) -> None:
+    collection = build(table(method))
+    before = collection.state_dict()["_row_maps.t.assignments"].tolist()
+    (report,) = recluster(collection, seed=7).tables
+    after = collection.state_dict()["_row_maps.t.assignments"].tolist()
+    stayed = 0
+    for place in range(len(before[0])):
+        new_of_old: dict[int, Counter] = {}
+        for old, new in zip(before, after, strict=True):
+            new_of_old.setdefault(old[place], Counter())[new[place]] += 1
+        stayed += sum(max(counts.values()) for counts in new_of_old.values())
+    assert report.moved_fraction == pytest.approx(1 - stayed / (V * len(before[0])))
+
+
+@pytest.mark.parametrize(("num_rows", "width"), [(6, 1), (257, 2)])
+def test_every_level_stores_an_assignment_of_the_narrowest_type(num_rows: int, width: int) -> None:
+    collection = build(table(ResidualCCE(num_rows=num_rows, num_levels=4, num_columns=2)))
+    assert collection.state_dict()["_row_maps.t.assignments"].shape == (V, 2 * 3)
+    (row,) = collection.memory_report().tables
+    assert row.assignment_bytes == V * 2 * 3 * width + 8 * (1 + 2) + 8  # and the helper's hash, and the version
 
 
 def test_more_levels_of_the_same_size_keep_more() -> None:
