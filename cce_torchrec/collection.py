@@ -63,10 +63,9 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
         self._is_weighted = is_weighted
-        self._embedding_bag_collection = EmbeddingBagCollection(
-            physical, looks_up_weights(self.lowered_tables, is_weighted), device
-        )
-        for bag in self._embedding_bag_collection.embedding_bags.values():
+        weighs_rows = looks_up_weights(self.lowered_tables, is_weighted)
+        self._embedding_bag_collection = EmbeddingBagCollection(physical, weighs_rows, device)
+        for bag in self._embedding_bag_collection.embedding_bags.values() if weighs_rows else ():
             bag.register_forward_pre_hook(_weights_of_own_type, with_kwargs=True)
         self._rewrite = RowRewriter(
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
@@ -149,8 +148,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
 def _weights_of_own_type(bag: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     """A hook before a lookup: torch wants the weights of rows in the type of the table."""
-    weights = kwargs.get("per_sample_weights")
-    return args, kwargs if weights is None else {**kwargs, "per_sample_weights": weights.to(bag.weight.dtype)}
+    return args, {**kwargs, "per_sample_weights": kwargs["per_sample_weights"].to(bag.weight.dtype)}
 
 
 def refuse_other_layouts(collection: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
