@@ -8,7 +8,25 @@ from cce_torchrec.distributed import (
     get_sharders,
 )
 from cce_torchrec.memory import MemoryReport
-from cce_torchrec.methods import CCE, CE, METHODS, QR, ROBE, CCERobe, FullTable, HashedNet, HashingTrick
+from cce_torchrec.methods import (
+    CCE,
+    CE,
+    DHE,
+    METHODS,
+    PQ,
+    QR,
+    ROBE,
+    Bloom,
+    CCERobe,
+    FullTable,
+    HashedNet,
+    HashEmbedding,
+    HashingTrick,
+    LowDim,
+    ResidualCCE,
+    TTRec,
+    mixed_dimensions,
+)
 from cce_torchrec.planner import CompressedStorageReservation, parameter_constraints
 from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
 from cce_torchrec.swap import CompressionRule, compress
@@ -16,9 +34,12 @@ from cce_torchrec.swap import CompressionRule, compress
 __all__ = [
     "CCE",
     "CE",
+    "DHE",
     "METHODS",
+    "PQ",
     "QR",
     "ROBE",
+    "Bloom",
     "CCERobe",
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
@@ -26,15 +47,20 @@ __all__ = [
     "CompressedStorageReservation",
     "CompressionRule",
     "FullTable",
+    "HashEmbedding",
     "HashedNet",
     "HashingTrick",
+    "LowDim",
     "MemoryReport",
     "ReclusterConfig",
     "ReclusterReport",
     "ReclusterSchedule",
+    "ResidualCCE",
     "ShardedCompressedEmbeddingBagCollection",
+    "TTRec",
     "compress",
     "get_sharders",
+    "mixed_dimensions",
     "parameter_constraints",
     "recluster",
 ]

@@ -22,7 +22,7 @@ from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, check_layouts, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes
 from cce_torchrec.methods.base import id_chunks
-from cce_torchrec.rewrite import Relabel, RowRewriter
+from cce_torchrec.rewrite import Relabel, RowRewriter, looks_up_weights
 
 
 class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -69,7 +69,11 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._row_maps = nn.ModuleDict({table.name: table.row_map for table in self.lowered_tables})
         self._decoders = DenseParts(self.tables())
         physical = [config for table in self.lowered_tables for config in table.physical_configs]
-        self._embedding_bag_collection = EmbeddingBagCollection(physical, is_weighted, device)
+        self._is_weighted = is_weighted
+        weighs_rows = looks_up_weights(self.lowered_tables, is_weighted)
+        self._embedding_bag_collection = EmbeddingBagCollection(physical, weighs_rows, device)
+        for bag in self._embedding_bag_collection.embedding_bags.values() if weighs_rows else ():
+            bag.register_forward_pre_hook(_weights_of_own_type, with_kwargs=True)
         self._rewrite = RowRewriter(
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
         )
@@ -132,7 +136,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     def is_weighted(self) -> bool:
         """Whether KJTs must carry weights."""
-        return self._embedding_bag_collection.is_weighted()
+        return self._is_weighted
 
     @property
     def device(self) -> torch.device:
@@ -194,6 +198,11 @@ def _pooled(collection: CompressedEmbeddingBagCollection, features: KeyedJaggedT
     return join(rows, collection._decode(features), collection._embedding_names)
 
 
+def _weights_of_own_type(bag: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """A hook before a lookup: torch wants the weights of rows in the type of the table."""
+    return args, {**kwargs, "per_sample_weights": kwargs["per_sample_weights"].to(bag.weight.dtype)}
+
+
 def refuse_other_layouts(collection: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """A hook before loading: nothing is changed where the state dict is that of other tables."""
     check_layouts([*collection.lowered_tables, *collection.decoded_tables], state, prefix)  # type: ignore[misc]
@@ -218,7 +227,14 @@ def dense_weight(table: LoweredTable, weights: Sequence[Tensor]) -> Tensor:
     config, row_map = table.config, table.row_map
     out_VD = torch.empty(config.num_embeddings, config.embedding_dim, device=weights[0].device)
     for ids_N in id_chunks(config.num_embeddings, weights[0].device):
-        columns = [weight[rows_NR].float().sum(1) for weight, rows_NR in zip(weights, row_map.rows(ids_N), strict=True)]
+        rows_CNR = row_map.rows(ids_N)
+        factors_CNR = (
+            row_map.row_weights(ids_N).expand_as(rows_CNR) if row_map.has_row_weights else [None] * len(rows_CNR)
+        )
+        columns = []
+        for weight, rows_NR, factors_NR in zip(weights, rows_CNR, factors_CNR, strict=True):
+            vectors_NRD = weight[rows_NR].float()
+            columns.append((vectors_NRD if factors_NR is None else vectors_NRD * factors_NR.unsqueeze(-1)).sum(1))
         sums_Nd = torch.cat(columns, dim=1) * row_map.scale
         out_VD[ids_N[0] : ids_N[-1] + 1] = sums_Nd if table.projection is None else table.projection(sums_Nd)
     return out_VD

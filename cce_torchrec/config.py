@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
-from cce_torchrec.methods import FullTable, MethodConfig, RowMethod
+from cce_torchrec.methods import FullTable, MethodConfig
 
 AssignmentPlacement = Literal["replicated", "sharded"]
 
@@ -66,7 +66,7 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
             raise ValueError(
                 f"Table {table.name!r} has assignment_placement={placement!r}, not one of {get_args(AssignmentPlacement)}."
             )
-        if placement == "sharded" and not (method_of(table).reclusterable and isinstance(method_of(table), RowMethod)):
+        if placement == "sharded" and not method_of(table).stores_assignments:
             reason = "decodes where the ids are" if method_of(table).reclusterable else "stores no assignments"
             raise ValueError(
                 f"Table {table.name!r} has assignment_placement='sharded', but its method {method_of(table).key!r} {reason}: "

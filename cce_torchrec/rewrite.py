@@ -49,11 +49,16 @@ def check_weights(features: KeyedJaggedTensor) -> None:
         raise ValueError("The collection is weighted (is_weighted=True) but the KeyedJaggedTensor has no weights.")
 
 
+def looks_up_weights(tables: Sequence[LoweredTable], is_weighted: bool) -> bool:
+    """Whether rows of a collection carry weights: those of its KJTs, or those of a row map."""
+    return is_weighted or any(table.row_map.has_row_weights for table in tables)
+
+
 class RowRewriter:
     """Rewrites the ids of some features to the rows of some physical tables; all of them, or one rank's share.
 
     Args:
-        tables: the lowered tables of the collection.
+        tables: the lowered tables of the collection, all of them: one with row weights gives every table weights.
         physical_tables: names of the physical tables to produce rows for, in the order the lookup expects them.
         is_weighted: whether the KJTs carry weights.
         mode: what to do with ids out of bounds.
@@ -70,7 +75,7 @@ class RowRewriter:
         self.tables = list({table_of[name].name: table_of[name] for name in physical_tables}.values())
         self.features = [feature for table in self.tables for feature in table.config.feature_names]
         self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self.tables]
-        self._is_weighted = is_weighted
+        self._is_weighted, self._looks_up_weights = is_weighted, looks_up_weights(tables, is_weighted)
         self._layout(physical_tables, table_of)
 
     def _layout(self, physical_tables: Sequence[str], table_of: dict[str, LoweredTable]) -> None:
@@ -125,13 +130,14 @@ class RowRewriter:
         self._feature_P = self._feature_P.to(lengths_FB.device)
         self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)
         ends = features.offset_per_key()
+        ids = self._split(features.values(), ends)
         return KeyedJaggedTensor(
             keys=[key_prefix + key for key in self._keys] if key_prefix else self._keys,
-            values=self._rows(self._split(features.values(), ends), assigned),
+            values=self._rows(ids, assigned),
             lengths=lengths_FB.index_select(0, self._feature_P)
             .mul_(self._rows_per_id_P1.to(lengths_FB.dtype))
             .view(-1),
-            weights=self._gather(self._weights(features, ends)) if self._is_weighted else None,
+            weights=self._gather(self._weights(features, ids, ends)) if self._looks_up_weights else None,
             stride=features.stride(),
         )
 
@@ -174,18 +180,27 @@ class RowRewriter:
             return torch.cat([piece.reshape(-1) for piece in pieces])
         return torch.cat([pieces[table][column].reshape(-1) for table, column in self._pieces])
 
-    def _weights(self, features: KeyedJaggedTensor, ends: list[int]) -> list[Tensor]:
-        """The weight of every row, a [C, N, R] tensor for each table."""
-        check_weights(features)
+    def _weights(self, features: KeyedJaggedTensor, ids: list[Tensor], ends: list[int]) -> list[Tensor]:
+        """The weight of every row, a [C, N, R] tensor for each table: that of its id times its own."""
+        if self._is_weighted:
+            check_weights(features)
+        given = self._split(features.weights(), ends) if self._is_weighted else [None] * len(ids)
         return [
-            weights_N.view(1, -1, 1).expand(len(table.row_map.columns), -1, table.row_map.rows_per_id)
-            for table, weights_N in zip(self.tables, self._split(features.weights(), ends), strict=True)
+            _row_weights(table, *parts) for table, parts in zip(self.tables, zip(ids, given, strict=True), strict=True)
         ]
 
     def _split(self, values: Tensor, ends: list[int]) -> list[Tensor]:
         """Cut what is stored by feature into what belongs to each table."""
         cuts = [ends[end] for end in self._feature_ends]
         return [values[start:end] for start, end in itertools.pairwise([0, *cuts])]
+
+
+def _row_weights(table: LoweredTable, ids_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    """Weights of the rows of one table: [C, N, R]."""
+    row_map = table.row_map
+    weights_1N1 = torch.ones(1, len(ids_N), 1, device=ids_N.device) if weights_N is None else weights_N.view(1, -1, 1)
+    weights_CNR = weights_1N1 * row_map.row_weights(ids_N) if row_map.has_row_weights else weights_1N1
+    return weights_CNR.expand(len(row_map.columns), -1, row_map.rows_per_id)
 
 
 @dataclass(frozen=True)

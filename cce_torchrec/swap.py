@@ -6,15 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
-from cce_torchrec.config import CompressedEmbeddingBagConfig, method_of
-from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.methods import METHODS, FullTable, MethodConfig
+from cce_torchrec.recluster import ReclusterConfig
+from cce_torchrec.replace import Collection, Fit, present_methods, replace_tables
 
 logger = logging.getLogger(__name__)
 
@@ -96,39 +95,58 @@ class CompressionPlan(Protocol):
 Rules = Mapping[str, MethodConfig] | Sequence[CompressionRule] | CompressionPlan
 
 
-def compress(model: nn.Module, rules: Rules | CompressionRule) -> nn.Module:
+def compress(
+    model: nn.Module,
+    rules: Rules | CompressionRule,
+    *,
+    from_trained: bool = False,
+    seed: int = 0,
+    config: ReclusterConfig | None = None,
+) -> nn.Module:
     """Replace the ``EmbeddingBagCollection``s inside a model by compressed ones; tables that no rule names stay full.
 
     Trained weights of the tables that stay full are kept; compressed tables start anew, since no id has an assignment yet.
-    Optimizers applied in backward are applied to the new codebooks; make other optimizers afterwards, and give them the dense
-    parameters of decode methods and projections too. Do this before sharding. An ``EmbeddingBagCollection`` of which no table
-    changes is left as it is.
+    With ``from_trained`` they start as near as they can to the full tables that they replace (post-training quantisation);
+    this takes methods with stored assignments, and full tables may stand in compressed collections too. Optimizers applied
+    in backward are applied to the new codebooks; make other optimizers afterwards, and give them the dense parameters of
+    decode methods and projections too. Do this before sharding. An ``EmbeddingBagCollection`` of which no table changes is
+    left as it is.
 
     Args:
         model: changed in place; may itself be an ``EmbeddingBagCollection``.
         rules: method configs by table name; or :class:`CompressionRule` s, of which the first that matches counts; or a
             plan with ``methods``.
+        from_trained: whether to cluster the rows of the full tables: column by column, :class:`PQ` takes the centroids and
+            the nearest of them, :class:`CCE` the mean residuals besides, :class:`ResidualCCE` level by level.
+        seed: of that clustering; pass the same one on every rank.
+        config: of that clustering; the defaults where ``None``.
 
     Returns:
         The model (a new collection where ``model`` itself was one).
 
     Raises:
-        ValueError: where a named table does not exist, nothing matches, or a budget cannot be met (naming the table).
+        ValueError: where a named table does not exist, nothing matches, or a budget cannot be met (naming the table); with
+            ``from_trained``, where a method has no assignments to learn, a table is not full, or its weights are not finite.
 
     Example:
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
         >>> item = EmbeddingBagConfig(name="t_item", num_embeddings=50_000, embedding_dim=16, feature_names=["item"])
-        >>> model = torch.nn.Sequential(EmbeddingBagCollection(tables=[item]))
+        >>> model = nn.Sequential(EmbeddingBagCollection(tables=[item]))
         >>> model = compress(model, [CompressionRule(method="cce", min_num_embeddings=10_000, compression=16)])
         >>> type(model[0]).__name__
         'CompressedEmbeddingBagCollection'
     """
     rules = _checked(rules)
-    found = list(_plain_collections(model))
+    if config is not None and not from_trained:
+        raise ValueError(
+            "config is for tables that are fitted to trained ones: pass from_trained=True, or leave it out."
+        )
+    fit = Fit(seed, config or ReclusterConfig()) if from_trained else None
+    found = list(_collections(model, also_compressed=from_trained))
     replacements = {}  # by identity: a collection may stand at several places
     for _, collection in found:
         if id(collection) not in replacements:
-            replacements[id(collection)] = _replacement(collection, rules)
+            replacements[id(collection)] = _replacement(collection, rules, fit)
     tables = [config.name for _, collection in found for config in collection.embedding_bag_configs()]
     if isinstance(rules, Mapping | CompressionPlan):
         methods = rules if isinstance(rules, Mapping) else rules.methods
@@ -168,27 +186,50 @@ def _checked(rules: Rules | CompressionRule) -> Rules:
     )
 
 
-def _plain_collections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, EmbeddingBagCollection]]:
-    """TorchRec's own collections in a module, at every place where they stand; not those inside compressed ones."""
+def _collections(module: nn.Module, also_compressed: bool, prefix: str = "") -> Iterator[tuple[str, Collection]]:
+    """TorchRec's own collections in a module, at every place where they stand; compressed ones, not their insides."""
     if type(module) is EmbeddingBagCollection:
         yield prefix, module
-    elif not isinstance(module, CompressedEmbeddingBagCollection):
+    elif isinstance(module, CompressedEmbeddingBagCollection):
+        if also_compressed:
+            yield prefix, module
+    else:
         for name, child in module._modules.items():  # named_children() leaves out what stands twice
             if child is not None:
-                yield from _plain_collections(child, f"{prefix}.{name}" if prefix else name)
+                yield from _collections(child, also_compressed, f"{prefix}.{name}" if prefix else name)
 
 
-def _replacement(collection: EmbeddingBagCollection, rules: Rules) -> CompressedEmbeddingBagCollection | None:
+def _replacement(collection: Collection, rules: Rules, fit: Fit | None) -> CompressedEmbeddingBagCollection | None:
     """The compressed collection that takes a collection's place, or ``None`` where no table changes."""
-    methods = {}
+    methods, present = {}, present_methods(collection)
     for config in collection.embedding_bag_configs():
+        is_full = isinstance(present[config.name], FullTable)
+        if not is_full and not isinstance(rules, Mapping | CompressionPlan):
+            continue  # such rules are for what is not compressed yet
         try:
             method = _choose(config, rules)
+            if method is not None:
+                if not is_full:
+                    raise ValueError(f"{present[config.name]} compresses it already: only full tables can be replaced.")
+                if fit is not None:
+                    _check_can_be_fitted(method, collection)
+                methods[config.name] = method
         except ValueError as error:
             raise ValueError(f"Table {config.name!r}: {error}") from None
-        if method is not None:
-            methods[config.name] = method
-    return _replace(collection, methods) if methods else None
+    return replace_tables(collection, methods, fit) if methods else None
+
+
+def _check_can_be_fitted(method: MethodConfig, collection: Collection) -> None:
+    if isinstance(method, FullTable):
+        return
+    if not method.stores_assignments:
+        able = [key for key, other in METHODS.items() if other.stores_assignments]
+        raise ValueError(
+            f"from_trained=True cannot fit {method.key!r} to a trained table, since it stores no assignments to learn: take "
+            f"one of {', '.join(able)}."
+        )
+    if collection.device.type == "meta":
+        raise ValueError("from_trained=True needs trained weights, but these are on the meta device: load them first.")
 
 
 def _choose(config: EmbeddingBagConfig, rules: Rules) -> MethodConfig | None:
@@ -200,28 +241,3 @@ def _choose(config: EmbeddingBagConfig, rules: Rules) -> MethodConfig | None:
     matching = (rule for rule in rules if rule.matches(config.name, config.num_embeddings))
     rule = next(matching, None)
     return None if rule is None else rule.method_for(config.num_embeddings, config.embedding_dim)
-
-
-@torch.no_grad()
-def _replace(
-    collection: EmbeddingBagCollection, methods: Mapping[str, MethodConfig]
-) -> CompressedEmbeddingBagCollection:
-    tables = [
-        CompressedEmbeddingBagConfig(
-            **{f.name: getattr(config, f.name) for f in fields(config)}, method=methods.get(config.name, FullTable())
-        )
-        for config in collection.embedding_bag_configs()
-    ]
-    replacement = CompressedEmbeddingBagCollection(tables, collection.is_weighted(), collection.device)
-    replacement.train(collection.training)
-    for table in replacement.lowered_tables:
-        old = collection.embedding_bags[table.name].weight
-        stays_full = isinstance(method_of(table.config), FullTable)
-        for name in table.physical_names:
-            new = replacement.codebook(name)
-            if stays_full:
-                new.requires_grad_(old.requires_grad)
-                if old.device.type != "meta":
-                    new.copy_(old)
-            apply_requests(requests_of(old), new)
-    return replacement

@@ -5,7 +5,7 @@
 What travels is an id there and c small integers back; codebooks are replicated, so lookups and gradients are those of any
 data-parallel table. Assignments are fetched in the forward pass (only ids are sent ahead), so they are never stale.
 
-Shapes: F features of tables whose assignments are fetched, W ranks, n ids, c columns (the most of any of the tables).
+Shapes: F features of tables whose assignments are fetched, W ranks, n ids, c assignments an id (the most of any table).
 """
 
 import itertools
@@ -104,7 +104,7 @@ class FetchGroup:
         self._tables = [table for table in rewriter.tables if has_sharded_assignments(table.config)]
         self._maps = [_row_map(table) for table in self._tables]
         self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self._tables]
-        self._width = max(len(row_map.columns) for row_map in self._maps)
+        self._width = max(row_map.assignments.shape[1] for row_map in self._maps)
         self._dtype = max((row_map.assignments.dtype for row_map in self._maps), key=lambda dtype: dtype.itemsize)
         self._features = [feature for table in self._tables for feature in table.config.feature_names]
         blocks = [-(-table.config.num_embeddings // env.world_size) for table in self._feature_tables()]
@@ -141,7 +141,7 @@ class FetchGroup:
         answers_nc = self._exchange(self._answers(received, counts_FW), counts_FW.sum(0), context.asked_W)
         answers_nc = answers_nc.index_select(0, context.places_n)
         assigned = {
-            table.name: (ids_n, rows_nc[:, : len(row_map.columns)])
+            table.name: (ids_n, rows_nc[:, : row_map.assignments.shape[1]])
             for table, row_map, ids_n, rows_nc in zip(
                 self._tables, self._maps, context.ids, answers_nc.split([len(ids) for ids in context.ids]), strict=True
             )
@@ -156,7 +156,7 @@ class FetchGroup:
         per_table = [sum(part) for part in _cut(received.length_per_key(), sizes)]
         pieces = zip(self._maps, ids_n.split(per_table), answers_nc.split(per_table), strict=True)
         for row_map, table_ids_n, out_nc in pieces:
-            out_nc[:, : len(row_map.columns)] = row_map.assigned(table_ids_n)
+            out_nc[:, : row_map.assignments.shape[1]] = row_map.assigned(table_ids_n)
         by_feature = answers_nc.split(counts_FW.flatten().tolist())  # they came feature by feature, rank by rank
         ranks = counts_FW.shape[1]
         return torch.cat([part for rank in range(ranks) for part in by_feature[rank::ranks]])

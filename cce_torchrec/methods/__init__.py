@@ -11,6 +11,7 @@ from cce_torchrec.methods.base import (
     RowMethod,
     TableSpec,
 )
+from cce_torchrec.methods.bloom import Bloom
 from cce_torchrec.methods.cce import CCE
 from cce_torchrec.methods.cce_robe import CCERobe
 from cce_torchrec.methods.ce import CE
@@ -20,13 +21,16 @@ from cce_torchrec.methods.hash_embedding import HashEmbedding
 from cce_torchrec.methods.hashed_net import HashedNet
 from cce_torchrec.methods.hashing_trick import HashingTrick
 from cce_torchrec.methods.low_dim import LowDim, mixed_dimensions
+from cce_torchrec.methods.pq import PQ
 from cce_torchrec.methods.qr import QR
+from cce_torchrec.methods.residual_cce import ResidualCCE
 from cce_torchrec.methods.robe import ROBE
 from cce_torchrec.methods.tt_rec import TTRec
 
 METHODS: dict[str, type[MethodConfig]] = {
     FullTable.key: FullTable,
     HashingTrick.key: HashingTrick,
+    Bloom.key: Bloom,
     CE.key: CE,
     QR.key: QR,
     CCE.key: CCE,
@@ -37,6 +41,8 @@ METHODS: dict[str, type[MethodConfig]] = {
     HashedNet.key: HashedNet,
     ROBE.key: ROBE,
     CCERobe.key: CCERobe,
+    ResidualCCE.key: ResidualCCE,
+    PQ.key: PQ,
 }
 
 __all__ = [
@@ -44,8 +50,10 @@ __all__ = [
     "CE",
     "DHE",
     "METHODS",
+    "PQ",
     "QR",
     "ROBE",
+    "Bloom",
     "CCERobe",
     "Column",
     "DecodeMethod",
@@ -58,6 +66,7 @@ __all__ = [
     "LowDim",
     "MethodConfig",
     "Projection",
+    "ResidualCCE",
     "RowMap",
     "RowMethod",
     "TTRec",

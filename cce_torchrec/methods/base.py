@@ -3,7 +3,7 @@
 * A row method has a :class:`RowMap`, the id -> rows function with its state, buffers only. In every column an id becomes a
   few rows of a small table, whose sum is its vector:
 
-      vector(id) = scale * concat_{i < C} ( sum_{j < R} W_i[ rows_i(id)_j ] )
+      vector(id) = scale * concat_{i < C} ( sum_{j < R} w_i(id)_j W_i[ rows_i(id)_j ] ),      w = 1 but for signed hashes
 
   The rows live in an ordinary TorchRec ``EmbeddingBagCollection``, which is what makes every sharding type, kernel and
   optimizer work.
@@ -42,12 +42,15 @@ class RowMap(nn.Module, ABC):
         rows_per_id: R, how many rows of a column are summed for one id.
         scale: what the sum is multiplied by.
         bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.
+        has_row_weights: whether rows are multiplied by :meth:`row_weights`. All tables of the collection are then looked up
+            with weights, so this is for what cannot be said by rows alone.
     """
 
     columns: tuple[Column, ...]
     rows_per_id: int = 1
     scale: float = 1.0
     bounded: bool = False
+    has_row_weights: bool = False
 
     @abstractmethod
     def rows(self, ids_N: Tensor) -> Tensor:
@@ -72,6 +75,17 @@ class RowMap(nn.Module, ABC):
             Whether it was done. It must decline where :meth:`rows` could fail, an id out of bounds for one.
         """
         return False
+
+    def row_weights(self, ids_N: Tensor) -> Tensor:
+        """What each of the :meth:`rows` is multiplied by; only where ``has_row_weights``.
+
+        Args:
+            ids_N: as for :meth:`rows`.
+
+        Returns:
+            float32, broadcastable to [C, N, R]; a constant, through which no gradient flows.
+        """
+        raise NotImplementedError
 
     def stored_bytes(self) -> int:
         """Bytes of everything stored beside the parameters."""
@@ -134,9 +148,16 @@ class Decoder(DensePart):
 
 @dataclass(frozen=True, kw_only=True)
 class MethodConfig(ABC):
-    """How one table is compressed; subclasses add their sizes."""
+    """How one table is compressed; subclasses add their sizes.
+
+    Attributes:
+        key: its name in the registry.
+        stores_assignments: whether rows are stored for each id, so that they can be learned.
+        reclusterable: whether re-clustering learns them from the table itself.
+    """
 
     key: ClassVar[str]
+    stores_assignments: ClassVar[bool] = False
     reclusterable: ClassVar[bool] = False
 
     @abstractmethod

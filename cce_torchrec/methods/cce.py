@@ -30,52 +30,77 @@ def smallest_int_dtype(num_values: int) -> torch.dtype:
     return torch.int32
 
 
-class CCERowMap(RowMap):
-    """Main row by stored assignment, helper row by hash; the helper rows follow the main ones in the column's table.
+@dataclass(frozen=True, kw_only=True)
+class Codebooks:
+    """What each column is made of: ``num_assigned`` codebooks by stored assignment, then one by hash.
 
-    Buffers: ``assignments`` [V, c] (row of the main codebook, column by column; of a block of ids after
+    Attributes:
+        num_columns: c.
+        num_assigned: A, codebooks whose rows are stored for each id.
+        num_rows: k, rows of each of those.
+        num_helper_rows: k', rows of the hashed one; 0 for none.
+    """
+
+    num_columns: int
+    num_assigned: int
+    num_rows: int
+    num_helper_rows: int
+
+
+class CCERowMap(RowMap):
+    """Main rows by stored assignment, a helper row by hash; the helper rows follow the main ones in the column's table.
+
+    Buffers: ``assignments`` [V, c * A] (row of each main codebook, column by column; of a block of ids after
     :meth:`keep_block`), ``helper_coefficients`` int64 [1 + c] and ``version`` (how many times it was re-clustered).
     """
 
-    rows_per_id = 2
     bounded = True
     assignments: Tensor
-    helper_coefficients: Tensor
+    helper_coefficients: Tensor | None
     version: Tensor
 
     def __init__(
-        self, method: "CCE", table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None
+        self,
+        codebooks: Codebooks,
+        key: tuple[object, ...],
+        num_embeddings: int,
+        embedding_dim: int,
+        device: torch.device | None,
     ) -> None:
         super().__init__()
-        columns, helper_rows = method.num_columns, method.helper_rows
+        columns, assigned = codebooks.num_columns, codebooks.num_assigned
         self.num_embeddings, self.first_id = num_embeddings, 0
-        self.num_main_rows, self.num_helper_rows = method.num_rows, helper_rows
-        self.columns = (Column(method.num_rows + helper_rows, embedding_dim // columns),) * columns
-        self._key = (method.seed, table, method.key)
-        dtype = smallest_int_dtype(method.num_rows)
-        self.register_buffer("assignments", torch.empty(num_embeddings, columns, dtype=dtype, device=device))
-        self.register_buffer("helper_coefficients", torch.empty(1 + columns, dtype=torch.int64, device=device))
+        self.num_assigned, self.level_rows = assigned, codebooks.num_rows
+        self.num_main_rows, self.num_helper_rows = assigned * codebooks.num_rows, codebooks.num_helper_rows
+        self.rows_per_id = assigned + (self.num_helper_rows > 0)
+        self.columns = (Column(self.num_main_rows + self.num_helper_rows, embedding_dim // columns),) * columns
+        self._key = key
+        dtype = smallest_int_dtype(codebooks.num_rows)
+        helper = torch.empty(1 + columns, dtype=torch.int64, device=device) if self.num_helper_rows else None
+        self.register_buffer("assignments", torch.empty(num_embeddings, columns * assigned, dtype=dtype, device=device))
+        self.register_buffer("helper_coefficients", helper)
         self.register_buffer("version", torch.empty((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Hash every id to a main row, the start before anything is learned."""
+        """Hash every id to main rows, the start before anything is learned."""
         device = self.assignments.device
         self.version.zero_()
-        self.helper_coefficients.copy_(self.draw_helper_coefficients(0))
+        if self.helper_coefficients is not None:
+            self.helper_coefficients.copy_(self.draw_helper_coefficients(0))
         if device.type == "meta":
             return
-        coefficients = hash_coefficients(len(self.columns), *self._key, "main", device=device)
+        coefficients = hash_coefficients(self.assignments.shape[1], *self._key, "main", device=device)
         for rows_N in id_chunks(len(self.assignments), device):
-            hashed_CN = hash_rows(rows_N + self.first_id, coefficients, self.num_main_rows)
-            self.assignments[rows_N[0] : rows_N[-1] + 1] = hashed_CN.T
+            hashed_FN = hash_rows(rows_N + self.first_id, coefficients, self.level_rows)
+            self.assignments[rows_N[0] : rows_N[-1] + 1] = hashed_FN.T
 
     def keep_block(self, first_id: int, end: int, device: torch.device) -> None:
         """Hold the assignments of ids ``first_id .. end - 1`` only; other ids must not be asked for from then on."""
         self.first_id = first_id
         if self.assignments.device.type == "meta":
-            columns = len(self.columns)
-            self.assignments = torch.empty(end - first_id, columns, dtype=self.assignments.dtype, device=device)
+            width = self.assignments.shape[1]
+            self.assignments = torch.empty(end - first_id, width, dtype=self.assignments.dtype, device=device)
             for name, buffer in self.named_buffers():
                 if buffer.device.type == "meta":
                     setattr(self, name, torch.empty_like(buffer, device=device))
@@ -85,37 +110,52 @@ class CCERowMap(RowMap):
 
     def stored_bytes(self) -> int:
         """Of all ranks together where each holds a block."""
-        row_bytes = len(self.columns) * self.assignments.element_size()
+        row_bytes = self.assignments.shape[1] * self.assignments.element_size()
         return super().stored_bytes() + (self.num_embeddings - len(self.assignments)) * row_bytes
 
     def draw_helper_coefficients(self, version: int, *key: object) -> Tensor:
         """The helper hash functions that go with a version of the assignments, on the CPU."""
         return hash_coefficients(len(self.columns), *self._key, "helper", version, *key)
 
+    def replace(self, assignments: Tensor, helper_coefficients: Tensor | None) -> None:
+        """Put what a clustering found in place: the next version."""
+        self.assignments.copy_(assignments)
+        if self.helper_coefficients is not None:
+            assert helper_coefficients is not None
+            self.helper_coefficients.copy_(helper_coefficients)
+        self.version += 1
+
     def main_rows(self, ids_N: Tensor) -> Tensor:
-        """Row of the main codebook of each id: int64 [c, N]."""
+        """Row of each main codebook of each id, counted from that codebook's start: int64 [c * A, N]."""
         return self.assigned(ids_N).T.to(torch.int64)
 
     def assigned(self, ids_N: Tensor) -> Tensor:
-        """The stored assignments of ids of this block: [N, c]."""
+        """The stored assignments of ids of this block: [N, c * A]."""
         local_N = ids_N - self.first_id if self.first_id else ids_N
         return torch.index_select(self.assignments, 0, local_N)  # twice as fast as indexing
 
     def helper_rows(self, ids_N: Tensor) -> Tensor:
         """Row of the helper codebook of each id, counted from its own start: int64 [c, N]."""
+        assert self.helper_coefficients is not None
         return hash_rows(ids_N, self.helper_coefficients, self.num_helper_rows)
 
     def rows(self, ids_N: Tensor) -> Tensor:
         return self.rows_of(ids_N, self.assigned(ids_N))
 
-    def rows_of(self, ids_N: Tensor, assigned_NC: Tensor) -> Tensor:
-        """:meth:`rows` of ids whose assignments are known already: int64 [c, N, 2]."""
-        rows_CNR = torch.empty(len(self.columns), len(ids_N), 2, dtype=torch.int64, device=ids_N.device)
-        rows_CNR[..., 0] = assigned_NC.T
-        torch.add(self.helper_rows(ids_N), self.num_main_rows, out=rows_CNR[..., 1])
+    def rows_of(self, ids_N: Tensor, assigned_NA: Tensor) -> Tensor:
+        """:meth:`rows` of ids whose assignments [N, c * A] are known already."""
+        columns, assigned = len(self.columns), self.num_assigned
+        rows_CNR = torch.empty(columns, len(ids_N), self.rows_per_id, dtype=torch.int64, device=ids_N.device)
+        rows_CNR[..., :assigned] = assigned_NA.view(-1, columns, assigned).transpose(0, 1)
+        for level in range(1, assigned):
+            rows_CNR[..., level] += level * self.level_rows
+        if self.num_helper_rows:
+            torch.add(self.helper_rows(ids_N), self.num_main_rows, out=rows_CNR[..., -1])
         return rows_CNR
 
     def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
+        if self.num_assigned > 1 or self.helper_coefficients is None:
+            return False
         return write_assigned_rows(
             ids_N,
             self.assignments,
@@ -154,6 +194,7 @@ class CCE(RowMethod):
 
     key: ClassVar[str] = "cce"
     reclusterable: ClassVar[bool] = True
+    stores_assignments: ClassVar[bool] = True
 
     num_rows: int
     num_columns: int = 8
@@ -172,24 +213,43 @@ class CCE(RowMethod):
     def sizes(self) -> dict[str, Any]:
         return {**super().sizes(), "num_helper_rows": self.helper_rows}
 
+    @property
+    def num_assigned(self) -> int:
+        """Codebooks of a column whose rows are stored for each id."""
+        return 1
+
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         check_divides(embedding_dim, self.num_columns)
-        return (self.num_rows + self.helper_rows) * embedding_dim
+        return (self.num_assigned * self.num_rows + self.helper_rows) * embedding_dim
 
     @classmethod
     def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
+        return cls._split_evenly(1, embedding_dim, num_params, overrides)
+
+    @classmethod
+    def _split_evenly(
+        cls, num_assigned: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+    ) -> dict[str, Any]:
+        """The budget shared out equally to the codebooks of a column, as far as they are not fixed."""
         main_rows, helper_rows = overrides.get("num_rows"), overrides.get("num_helper_rows")
-        rows = budget_rows(cls.key, num_params, embedding_dim, smallest=(main_rows or 1) + (helper_rows or 1))
-        if helper_rows is None:
-            helper_rows = rows // 2 if main_rows is None else rows - main_rows
+        smallest = num_assigned * (main_rows or 1) + (helper_rows or 1)
+        rows = budget_rows(cls.key, num_params, embedding_dim, smallest)
+        if main_rows is None:
+            main_rows = (rows - (helper_rows or rows // (num_assigned + 1))) // num_assigned
         return {
-            "num_rows": rows - helper_rows,
-            "num_helper_rows": helper_rows,
+            "num_rows": main_rows,
+            "num_helper_rows": rows - num_assigned * main_rows,
             "num_columns": default_num_columns(embedding_dim, at_most=8),
         }
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         check_divides(embedding_dim, self.num_columns)
-        return CCERowMap(self, table, num_embeddings, embedding_dim, device)
+        codebooks = Codebooks(
+            num_columns=self.num_columns,
+            num_assigned=self.num_assigned,
+            num_rows=self.num_rows,
+            num_helper_rows=self.helper_rows,
+        )
+        return CCERowMap(codebooks, (self.seed, table, CCE.key), num_embeddings, embedding_dim, device)

@@ -22,26 +22,46 @@ from cce_torchrec.native.rows import write_hashed_rows
 
 
 class HashedRowMap(RowMap):
-    """One hashed row in every column."""
+    """The mean of ``num_hashes`` hashed rows in every column; all of an id's with one hashed sign, where there is one."""
 
     coefficients: Tensor
+    sign_coefficients: Tensor | None
 
     def __init__(
-        self, num_rows: int, num_columns: int, embedding_dim: int, key: tuple[object, ...], device: torch.device | None
+        self,
+        columns: tuple[Column, ...],
+        key: tuple[object, ...],
+        device: torch.device | None,
+        *,
+        num_hashes: int = 1,
+        sign: bool = False,
     ) -> None:
         super().__init__()
-        self.columns = (Column(num_rows, embedding_dim // num_columns),) * num_columns
-        self._key = key
-        self.register_buffer("coefficients", torch.empty(1 + num_columns, dtype=torch.int64, device=device))
+        self.columns, self.rows_per_id, self.scale = columns, num_hashes, 1 / num_hashes
+        self.has_row_weights, self._key = sign, key
+        sign_coefficients = torch.empty(2, dtype=torch.int64, device=device) if sign else None
+        self.register_buffer("sign_coefficients", sign_coefficients)
+        self.register_buffer(
+            "coefficients", torch.empty(1 + len(columns) * num_hashes, dtype=torch.int64, device=device)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.coefficients.copy_(hash_coefficients(len(self.columns), *self._key))
+        self.coefficients.copy_(hash_coefficients(len(self.coefficients) - 1, *self._key))
+        if self.sign_coefficients is not None:
+            self.sign_coefficients.copy_(hash_coefficients(1, *self._key, "sign"))
 
     def rows(self, ids_N: Tensor) -> Tensor:
-        return hash_rows(ids_N, self.coefficients, self.columns[0].num_rows).unsqueeze(-1)
+        rows_FN = hash_rows(ids_N, self.coefficients, self.columns[0].num_rows)
+        return rows_FN.view(len(self.columns), self.rows_per_id, -1).transpose(1, 2).contiguous()
+
+    def row_weights(self, ids_N: Tensor) -> Tensor:
+        assert self.sign_coefficients is not None
+        return hash_rows(ids_N, self.sign_coefficients, 2).unsqueeze(-1) * 2.0 - 1.0
 
     def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
+        if self.rows_per_id > 1:
+            return False
         return write_hashed_rows(ids_N, self.coefficients, self.columns[0].num_rows, values_M, starts_C)
 
 
@@ -87,4 +107,5 @@ class CE(RowMethod):
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         check_divides(embedding_dim, self.num_columns)
-        return HashedRowMap(self.num_rows, self.num_columns, embedding_dim, (self.seed, table, self.key), device)
+        columns = (Column(self.num_rows, embedding_dim // self.num_columns),) * self.num_columns
+        return HashedRowMap(columns, (self.seed, table, self.key), device)

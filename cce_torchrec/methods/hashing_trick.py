@@ -1,21 +1,26 @@
-"""The hashing trick: one hash, one row."""
+"""The hashing trick: one hash, one row, and at will a sign."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from cce_torchrec.methods.base import RowMap, RowMethod, budget_rows, check_rows
+from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows, check_rows
 from cce_torchrec.methods.ce import HashedRowMap
 
 
 @dataclass(frozen=True, kw_only=True)
 class HashingTrick(RowMethod):
-    """The hashing trick: vector(id) = W[h(id)].
+    """The hashing trick: vector(id) = W[h(id)], or with a sign, s(id) W[h(id)].
+
+    A sign hash s(id) = +-1 makes inner products of sums of vectors unbiased: what ids that share a row add to each other
+    cancels on average.
 
     Args:
         num_rows: k, rows of the table.
-        seed: of the hash function; the table's name is part of the seed.
+        sign: whether there is a sign hash, as in the paper. All tables of the collection are then looked up with a weight a
+            row, which takes time, so it is off by default, and signed tables are better put in a collection of their own.
+        seed: of the hash functions; the table's name is part of the seed.
 
     Paper: Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009, arXiv 0902.2206.
 
@@ -27,10 +32,17 @@ class HashingTrick(RowMethod):
     key: ClassVar[str] = "hashing_trick"
 
     num_rows: int
+    sign: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows)
+        if not isinstance(self.sign, bool):
+            raise ValueError(f"sign={self.sign!r} is neither True nor False.")
+
+    def sizes(self) -> dict[str, Any]:
+        sizes = super().sizes()
+        return sizes if self.sign else {name: size for name, size in sizes.items() if name != "sign"}
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         return self.num_rows * embedding_dim
@@ -42,4 +54,6 @@ class HashingTrick(RowMethod):
         return {"num_rows": budget_rows(cls.key, num_params, embedding_dim, smallest=overrides.get("num_rows", 1))}
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
-        return HashedRowMap(self.num_rows, 1, embedding_dim, (self.seed, table, self.key), device)
+        return HashedRowMap(
+            (Column(self.num_rows, embedding_dim),), (self.seed, table, self.key), device, sign=self.sign
+        )

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cce_torchrec.methods.base import Projection, RowMap, RowMethod, TableSpec, check_positive, check_rows
+from cce_torchrec.methods.base import Column, Projection, RowMap, RowMethod, TableSpec, check_positive, check_rows
 from cce_torchrec.methods.ce import HashedRowMap
 from cce_torchrec.methods.full import FullRowMap
 
@@ -110,7 +110,7 @@ class LowDim(RowMethod):
         self._check_dim(embedding_dim)
         if self.num_rows is None:
             return FullRowMap(num_embeddings, self.dim)
-        return HashedRowMap(self.num_rows, 1, self.dim, (self.seed, table, self.key), device)
+        return HashedRowMap((Column(self.num_rows, self.dim),), (self.seed, table, self.key), device)
 
     def projection(self, table: TableSpec) -> Projection:
         return LowDimProjection(self.dim, table)

@@ -39,7 +39,7 @@ def recluster(
     optimizer: Optimizer | None = None,
     id_weights: Mapping[str, Tensor] | None = None,
 ) -> ReclusterReport:
-    """Re-cluster every table with learned assignments (CCE, also on circular memory) in a model, sharded or not.
+    """Re-cluster every table with learned assignments (CCE, residual CCE, CCE on circular memory) in a model, sharded or not.
 
         M_i <- K-means centroids,  h_i <- nearest centroid,  h'_i <- fresh hash,  M'_i <- mean residuals
 
@@ -166,7 +166,12 @@ def _read(table: LoweredTable, store: Store, weights_V: Tensor | None, config: R
     else:
         states = [codebook.new_zeros(len(codebook), 0) for codebook in codebooks]
     return TableState(
-        name=table.name, row_map=table.row_map, codebooks=codebooks, optimizer_state=states, weights_V=weights_V
+        name=table.name,
+        row_map=table.row_map,
+        rows=table.row_map.rows,
+        codebooks=codebooks,
+        optimizer_state=states,
+        weights_V=weights_V,
     )
 
 
@@ -191,9 +196,7 @@ def _commit(collection: Collection, store: Store, new_tables: list[tuple[Lowered
             store.write_optimizer(name, state_RS, len(codebook))
             if store.trained_elsewhere(name):
                 _warn_of_stale_state(table, name)
-        table.row_map.assignments.copy_(new.assignments)
-        table.row_map.helper_coefficients.copy_(new.helper_coefficients)
-        table.row_map.version += 1
+        table.row_map.replace(new.assignments, new.helper_coefficients)
     names_and_books = [
         (n, b) for table, new in new_tables for n, b in zip(table.physical_names, new.codebooks, strict=True)
     ]

@@ -4,12 +4,16 @@
     M_i   <- K-means centroids of x_i,   h_i(v) <- nearest       fitted on a sample, assigned exactly
     M'_i[j] <- mean of x_i(v) - M_i[h_i(v)] over h'_i(v) = j     with a fresh hash h'_i
 
+Where a column has several codebooks with assignments, the second is fitted and assigned on the residuals of the first,
+and so on; M' is the mean of what the last one leaves.
+
 Each rank decodes and assigns its own block of ids; only sums, and at the end the assignments, travel.
 
-Shapes: V ids, N ids of a batch, C columns, K main rows, R rows of a column (K + helper rows), D dims of a column, S
-optimizer-state values a row.
+Shapes: V ids, N ids of a batch, C columns, A codebooks with assignments a column, K rows of each, R rows of a column
+(A * K + helper rows), D dims of a column, S optimizer-state values a row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,14 +42,17 @@ class TableState:
 
     Attributes:
         name: of the logical table.
-        row_map: assignments and hashes.
-        codebooks: [R, D] float32 of each column: main rows, then helper rows.
-        optimizer_state: [R, S] float32 of each column; S may be 0.
+        row_map: assignments and hashes, to be replaced.
+        rows: ids to the rows of ``codebooks`` that add up to their vectors, [C, N, rows an id]: those of ``row_map``, or of
+            another table that is to be approximated.
+        codebooks: float32 of each column: main rows, then helper rows; or those of the other table.
+        optimizer_state: S numbers a row of each column, float32; S may be 0, and is for another table.
         weights_V: importance of each id, or ``None`` for 1.
     """
 
     name: str
     row_map: CCERowMap
+    rows: Callable[[Tensor], Tensor]
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     weights_V: Tensor | None
@@ -56,7 +63,7 @@ class NewTable:
     """What replaces a :class:`TableState`, and how good it is; ``assignments`` of the ids that the row map holds."""
 
     assignments: Tensor
-    helper_coefficients: Tensor
+    helper_coefficients: Tensor | None
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     relative_squared_error: float
@@ -75,17 +82,22 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     row_map, num_ids = state.row_map, state.row_map.num_embeddings
     block = Block.of_rank(num_ids, config.decode_batch_size, state.codebooks[0].device, collectives)
     centroids = _fit_centroids(state, block, derive_seed(seed, state.name), config, collectives)
-    coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
+    coefficients = None
+    if row_map.num_helper_rows:
+        coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
     sums = _Sums(state, centroids, coefficients)
     assignments = torch.empty(
-        block.stop - block.start, len(centroids), dtype=row_map.assignments.dtype, device=block.device
+        block.stop - block.start,
+        row_map.assignments.shape[1],
+        dtype=row_map.assignments.dtype,
+        device=block.device,
     )
     for ids_N in block.batches():
         assignments[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
     sums.reduce(collectives)
     ids_N = moved_sample(num_ids, block)
     after_CN = assignments[ids_N - block.start].T.to(torch.int64)
-    moved = moved_fraction(row_map.main_rows(ids_N), after_CN, row_map.num_main_rows, collectives)
+    moved = moved_fraction(row_map.main_rows(ids_N), after_CN, row_map.level_rows, collectives)
     if len(row_map.assignments) == num_ids:  # this rank holds those of all ids
         assignments = gather_assignments(assignments, collectives)
     return NewTable(
@@ -101,14 +113,14 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
 
 def _decode(state: TableState, column: int, ids_N: Tensor) -> Tensor:
     """The column vectors of some ids: [N, D]."""
-    return state.codebooks[column][state.row_map.rows(ids_N)[column]].sum(dim=1)
+    return state.codebooks[column][state.rows(ids_N)[column]].sum(dim=1)
 
 
 def _fit_centroids(
     state: TableState, block: Block, seed: int, config: ReclusterConfig, collectives: Collectives
 ) -> list[Tensor]:
-    """K-means on a sample, column by column."""
-    num_rows = state.row_map.num_main_rows
+    """K-means on a sample, column by column and level by level: [A, K, D] of each column."""
+    num_rows = state.row_map.level_rows
     size = config.points_per_centroid * num_rows
     ids_N, weights_N = sample(
         state.weights_V, state.row_map.num_embeddings, block, size, derive_seed(seed, "sample"), collectives
@@ -117,17 +129,22 @@ def _fit_centroids(
     for column, codebook in enumerate(state.codebooks):
         batches = ids_N.split(config.decode_batch_size)
         points_ND = torch.cat([codebook[:0], *(_decode(state, column, batch_N) for batch_N in batches)])
-        result = kmeans(
-            points_ND,
-            num_rows,
-            seed=derive_seed(seed, column),
-            point_ids_N=ids_N,
-            weights_N=weights_N,
-            num_iterations=config.num_iterations,
-            tolerance=config.tolerance,
-            collectives=collectives,
-        )
-        centroids.append(result.centroids_KD)
+        levels: list[Tensor] = []
+        for level in range(state.row_map.num_assigned):
+            if level:
+                points_ND = points_ND - levels[-1][assign_nearest(points_ND, levels[-1])[0]]
+            result = kmeans(
+                points_ND,
+                num_rows,
+                seed=derive_seed(seed, column, *([level] if level else [])),
+                point_ids_N=ids_N,
+                weights_N=weights_N,
+                num_iterations=config.num_iterations,
+                tolerance=config.tolerance,
+                collectives=collectives,
+            )
+            levels.append(result.centroids_KD)
+        centroids.append(torch.stack(levels))
     return centroids
 
 
@@ -139,38 +156,44 @@ def _zeros(*shape: int, like: Tensor) -> Tensor:
 class _Sums:
     """What is added up while the ids go by, for all columns."""
 
-    def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor) -> None:
+    def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor | None) -> None:
         self._state, self._centroids, self._helper_coefficients = state, centroids, helper_coefficients
-        self._num_main = state.row_map.num_main_rows
-        books, main = state.codebooks, self._num_main
+        self._num_main, num_helper = state.row_map.num_main_rows, state.row_map.num_helper_rows
+        books, num_rows = state.codebooks, self._num_main + num_helper
         self._energy = _zeros(2, like=books[0])  # sum of |x|^2, sum of |x - centroid|^2
-        self._usage = [_zeros(len(book), like=book) for book in books]  # ids a row
-        self._mass = [_zeros(len(book), like=book) for book in books]  # weight a row
-        self._residual = [_zeros(*book[main:].shape, like=book) for book in books]
-        self._optimizer = [_zeros(*old.shape, like=old) for old in state.optimizer_state]
+        self._usage = [_zeros(num_rows, like=book) for book in books]  # ids a row
+        self._mass = [_zeros(num_rows, like=book) for book in books]  # weight a row
+        self._residual = [_zeros(num_helper, book.shape[1], like=book) for book in books]
+        self._optimizer = [_zeros(num_rows, old.shape[1], like=old) for old in state.optimizer_state]
 
     def add(self, ids_N: Tensor) -> Tensor:
-        """Assign a batch of ids and add them up; returns their assignments [N, C]."""
+        """Assign a batch of ids and add them up; returns their assignments [N, C * A]."""
         weights_N = id_weights(self._state.weights_V, ids_N)
-        helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
-        old_rows_CNR = self._state.row_map.rows(ids_N)
+        helpers_CN: Tensor | None = None
+        if self._helper_coefficients is not None:
+            helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
+        old_rows_CNR = self._state.rows(ids_N)
         assignments = []
-        for column, (codebook, centroids_KD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
+        for column, (codebook, centroids_AKD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
             points_ND = codebook[old_rows_CNR[column]].sum(dim=1)
-            nearest_N, distance_N = assign_nearest(points_ND, centroids_KD)
-            assignments.append(nearest_N)
             self._energy[0] += points_ND.double().square().sum(dim=1) @ weights_N
+            new_rows = []
+            for level, centroids_KD in enumerate(centroids_AKD):
+                nearest_N, distance_N = assign_nearest(points_ND, centroids_KD)
+                points_ND = points_ND - centroids_KD[nearest_N]
+                assignments.append(nearest_N)
+                new_rows.append(nearest_N + level * len(centroids_KD))
             self._energy[1] += distance_N.double() @ weights_N
-            residual_ND = (points_ND - centroids_KD[nearest_N]).double() * weights_N[:, None]
-            self._residual[column].index_add_(0, helpers_CN[column], residual_ND)
-            for new_N, old_N in (
-                (nearest_N, old_rows_CNR[column, :, 0]),
-                (helpers_CN[column] + self._num_main, old_rows_CNR[column, :, 1]),
-            ):
+            if helpers_CN is not None:
+                self._residual[column].index_add_(0, helpers_CN[column], points_ND.double() * weights_N[:, None])
+                new_rows.append(helpers_CN[column] + self._num_main)
+            old_state_RS = self._state.optimizer_state[column]
+            for place, new_N in enumerate(new_rows):
                 self._usage[column].index_add_(0, new_N, torch.ones_like(weights_N))
                 self._mass[column].index_add_(0, new_N, weights_N)
-                old_NS = self._state.optimizer_state[column][old_N].double()
-                self._optimizer[column].index_add_(0, new_N, old_NS * weights_N[:, None])
+                if old_state_RS.shape[1]:
+                    old_NS = old_state_RS[old_rows_CNR[column, :, place]].double()
+                    self._optimizer[column].index_add_(0, new_N, old_NS * weights_N[:, None])
         return torch.stack(assignments, dim=1)
 
     def reduce(self, collectives: Collectives) -> None:
@@ -187,7 +210,7 @@ class _Sums:
     def codebooks(self) -> list[Tensor]:
         """Centroids, then mean residuals, of each column."""
         means = [self._helper_means(column) for column in range(len(self._centroids))]
-        return [torch.cat([c, mean.to(c.dtype)]) for c, mean in zip(self._centroids, means, strict=True)]
+        return [torch.cat([c.flatten(0, 1), mean.to(c.dtype)]) for c, mean in zip(self._centroids, means, strict=True)]
 
     def optimizer_state(self) -> list[Tensor]:
         """The mean old state over the ids of each new row; 0 for rows that none uses."""

@@ -14,7 +14,7 @@ from cce_torchrec.methods import MethodConfig
 
 
 class Variant(NamedTuple):
-    """A method with its choices (fields of a ``Literal`` type, such as QR's operation) fixed."""
+    """A method with its choices (fields of a ``Literal`` or ``bool`` type, such as QR's operation) fixed."""
 
     key: str
     overrides: dict[str, Any]
@@ -32,7 +32,9 @@ class Variant(NamedTuple):
 
 def _variants() -> Iterator[Variant]:
     for key, method in METHODS.items():
-        choices = {name: get_args(hint) for name, hint in get_type_hints(method).items() if get_origin(hint) is Literal}
+        hints = get_type_hints(method).items()
+        choices = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
+        choices |= {name: (True,) for name, hint in hints if hint is bool}  # they are off by default
         yield Variant(key, {})
         for name, values in choices.items():
             yield from (Variant(key, {name: value}) for value in values)
@@ -111,12 +113,18 @@ def _sums(lowered: LoweredTable, weights: dict[str, Tensor]) -> Tensor:
     """The sums of rows of every id."""
     vectors = []
     for number in range(lowered.config.num_embeddings):
-        rows_C1R = lowered.row_map.rows(torch.tensor([number])).tolist()
+        row_map, ids = lowered.row_map, torch.tensor([number])
+        rows_C1R = row_map.rows(ids)
+        factors_C1R = (
+            row_map.row_weights(ids).expand(rows_C1R.shape) if row_map.has_row_weights else torch.ones_like(rows_C1R)
+        )
         columns = []
-        for name, ((*rows,),) in zip(lowered.physical_names, rows_C1R, strict=True):
-            column = weights[name][rows[0]]
-            for row in rows[1:]:
-                column = column + weights[name][row]
+        for name, (rows,), (factors,) in zip(
+            lowered.physical_names, rows_C1R.tolist(), factors_C1R.tolist(), strict=True
+        ):
+            column = weights[name][rows[0]] * factors[0]
+            for row, factor in zip(rows[1:], factors[1:], strict=True):
+                column = column + weights[name][row] * factor
             columns.append(column)
         vectors.append(torch.cat(columns) * lowered.row_map.scale)
     return torch.stack(vectors)

@@ -74,14 +74,15 @@ def test_gradients_are_those_of_autograd_in_float64(variant: Variant, pooling: P
         assert grad.any()
 
 
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["unweighted", "weighted"])
 @every_pooling
 @every_method
-def test_half_precision_tables(variant: Variant, pooling: PoolingType) -> None:
-    collection = build(variant, budgets(variant, V, D)[-2], data_type=DataType.FP16, pooling=pooling)
+def test_half_precision_tables(variant: Variant, pooling: PoolingType, is_weighted: bool) -> None:
+    collection = build(variant, budgets(variant, V, D)[-2], is_weighted, data_type=DataType.FP16, pooling=pooling)
     assert {parameter.dtype for parameter in parameters(collection).values()} == {torch.float16}
-    out = collection(make_kjt({"f": BAGS}))["f"]
+    out = collection(make_kjt({"f": BAGS}, {"f": WEIGHTS} if is_weighted else None))["f"]
     assert out.dtype == torch.float32
-    expected = pool(collection.dense_weight("t"), BAGS, pooling)
+    expected = pool(collection.dense_weight("t"), BAGS, pooling, WEIGHTS if is_weighted else None)
     torch.testing.assert_close(out, expected, rtol=5e-3, atol=2e-2)
 
 

@@ -30,7 +30,7 @@ from cce_torchrec import (
     CompressedEmbeddingBagCollectionSharder,
     CompressedEmbeddingBagConfig,
 )
-from cce_torchrec.methods import CCE, CE, QR, FullTable, HashingTrick
+from cce_torchrec.methods import CCE, CE, PQ, QR, Bloom, FullTable, HashingTrick, ResidualCCE
 
 DIM = 16
 LEARNING_RATE = 0.1
@@ -39,11 +39,14 @@ CPU = torch.device("cpu")
 ROWWISE_ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_rate": LEARNING_RATE, "eps": EPS}
 
 # Ids that fit every table of a feature; None: the tables hash, and any int64 is an id.
-NUM_IDS: dict[str, int | None] = {"f": 57, "g": 101, "h": 53, "i": None, "j": 50, "k": None, "l": 23, "unused": 10}
+NUM_IDS: dict[str, int | None] = {
+    **{"f": 57, "g": 101, "h": 53, "i": None, "j": 50, "k": None, "l": 23, "m": None, "n": 47, "o": 37},
+    "unused": 10,
+}
 
 
-def mixed_tables() -> list[EmbeddingBagConfig]:
-    """Every row method and a plain table; sizes that nothing divides, a shared feature, MEAN and SUM.
+def mixed_tables(sign: bool = False) -> list[EmbeddingBagConfig]:
+    """Every row method and a plain table; sizes that nothing divides, a shared feature, MEAN and SUM; at will a sign hash.
 
     No codebook has so few rows that one of 4 ranks would hold none of them: FBGEMM's CPU kernels take an empty shard and the
     next one for the same table, and train that wrongly where their dims differ, in a plain collection too.
@@ -61,8 +64,11 @@ def mixed_tables() -> list[EmbeddingBagConfig]:
         EmbeddingBagConfig(name="plain", num_embeddings=57, embedding_dim=DIM, feature_names=["f"]),
         table("ce", 1000, ["i"], CE(num_rows=7, num_columns=2)),
         table("qr_concat", 50, ["j"], QR(num_remainders=8, operation="concat")),
-        table("hashed", 1000, ["k", "g"], HashingTrick(num_rows=11), **mean),
+        table("hashed", 1000, ["k", "g"], HashingTrick(num_rows=11, sign=sign), **mean),
         table("full", 23, ["l"], FullTable()),
+        table("bloom", 1000, ["m"], Bloom(num_rows=11, num_hashes=3), **mean),
+        table("residual", 47, ["n"], ResidualCCE(num_rows=4, num_levels=3, num_columns=2, num_helper_rows=5)),
+        table("pq", 37, ["o"], PQ(num_rows=7, num_columns=2)),
     ]
 
 

@@ -19,11 +19,18 @@ from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import train_pipelines
 from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.modules.embedding_configs import PoolingType
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from cce_torchrec import CompressedEmbeddingBagCollection, ReclusterSchedule, recluster
+from cce_torchrec import (
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingBagConfig,
+    HashingTrick,
+    ReclusterSchedule,
+    recluster,
+)
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
 from tests.distributed.harness import RankPool
 from tests.distributed.models import (
@@ -52,9 +59,13 @@ PIPELINES: dict[str, Callable[..., Any]] = {
 }
 
 
-def build() -> DLRMTrain:
-    """A small DLRM whose features belong to one table each, as it wants them."""
+def build(sign: bool = False) -> DLRMTrain:
+    """A small DLRM whose features belong to one table each, as it wants them; at will with a sign hash."""
     tables = [table for table in mixed_tables() if table.name not in ("plain", "hashed")]
+    if sign:
+        method, pooling = HashingTrick(num_rows=11, sign=True), PoolingType.MEAN
+        fields = {"num_embeddings": 1000, "embedding_dim": 16, "feature_names": ["k"], "pooling": pooling}
+        tables.append(CompressedEmbeddingBagConfig(name="signed", method=method, **fields))
     tables.append(EmbeddingBagConfig(name="plain", num_embeddings=60, embedding_dim=16, feature_names=["unused"]))
     collection = CompressedEmbeddingBagCollection(tables)
     return DLRMTrain(
@@ -98,7 +109,7 @@ def reference_losses(model: DLRMTrain, world_size: int, places: str, seeds: dict
         if step + 1 in seeds:
             recluster(model, seed=seeds[step + 1])
             for name, sums in sparse.sums.items():
-                if name.startswith("cce:"):
+                if name.startswith(("cce:", "residual:")):
                     sums.zero_()
     return losses
 
@@ -181,9 +192,10 @@ def run_both(
     seeds: dict[int, int] = RECLUSTER_AFTER,
     after_step: Callable[..., Any] = recluster_if_due,
     state_agrees: bool = True,
+    sign: bool = False,
 ) -> float:
     """The largest difference in loss to the reference; the state at the end must agree as well."""
-    reference, model = build(), build()
+    reference, model = build(sign), build(sign)
     model.load_state_dict(reference.state_dict())
     expected = [of_ranks[rank] for of_ranks in reference_losses(reference, world_size, places, seeds)]
     dmp, optimizer = shard_and_optimize(model.train(), places)
@@ -199,6 +211,15 @@ def run_both(
 @pytest.mark.parametrize("kind", PIPELINES)
 def test_losses_equal_the_unpipelined_run(ranks2: RankPool, kind: str, places: str) -> None:
     assert max(ranks2.run(run_both, kind, places)) < 1e-5
+
+
+def run_signed(rank: int, world_size: int, places: str) -> float:
+    return run_both(rank, world_size, "sparse_dist", places, sign=True)
+
+
+@pytest.mark.parametrize("places", ["row_wise", "table_wise", "data_parallel", "mixed"])
+def test_losses_with_signs(ranks2: RankPool, places: str) -> None:
+    assert max(ranks2.run(run_signed, places)) < 1e-5
 
 
 def run_scheduled(rank: int, world_size: int, places: str) -> float:

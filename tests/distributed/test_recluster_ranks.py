@@ -20,7 +20,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, recluster
 from cce_torchrec.hashing import hash_rows
-from cce_torchrec.methods import CCE
+from cce_torchrec.methods import CCE, ResidualCCE
 from cce_torchrec.recluster import table as table_module
 from tests.distributed.harness import RankPool
 from tests.distributed.models import (
@@ -56,7 +56,7 @@ CARRY = dataclasses.replace(CONFIG, optimizer_state="carry")
 
 
 def tables(num_rows: int = 12) -> list[EmbeddingBagConfig]:
-    """Two to re-cluster, neither a multiple of any number of ranks, and one to leave alone."""
+    """Three to re-cluster, none a multiple of any number of ranks, and one to leave alone."""
 
     def cce(name: str, size: int, feature: str, method: CCE) -> CompressedEmbeddingBagConfig:
         return CompressedEmbeddingBagConfig(
@@ -67,6 +67,7 @@ def tables(num_rows: int = 12) -> list[EmbeddingBagConfig]:
         cce("a", 1001, "f", CCE(num_rows=num_rows, num_columns=2)),
         EmbeddingBagConfig(name="plain", num_embeddings=57, embedding_dim=DIM, feature_names=["h"]),
         cce("b", 203, "g", CCE(num_rows=7, num_columns=2, num_helper_rows=12)),
+        cce("r", 151, "j", ResidualCCE(num_rows=6, num_levels=3, num_columns=2, num_helper_rows=5)),
     ]
 
 
@@ -106,7 +107,7 @@ def assert_same_clustering(state: State, reports: list, expected: Model, expecte
             torch.testing.assert_close(state[name], value, rtol=0, atol=0)
     actual = Model(expected.collection.embedding_bag_configs())
     actual.load_state_dict(state)
-    for table in ("a", "plain", "b"):
+    for table in ("a", "plain", "b", "r"):
         ours, theirs = actual.collection.dense_weight(table), expected.collection.dense_weight(table)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     for ours, theirs in zip(reports, expected_reports, strict=True):
@@ -167,7 +168,8 @@ def carried(old_R: Tensor, before: State, after: State, table: str, column: int)
     """Mean old state over the ids that use each new row, id by id."""
     prefix = f"collection._row_maps.{table}."
     old_main, new_main = (state[prefix + "assignments"].tolist() for state in (before, after))
-    num_main = {"a": 12, "b": 7}[table]
+    num_rows, levels = {"a": (12, 1), "b": (7, 1), "r": (6, 2)}[table]
+    num_main = num_rows * levels
     ids = torch.arange(len(old_main))
     num_helper = len(old_R) - num_main
     old_helper, new_helper = (
@@ -175,7 +177,9 @@ def carried(old_R: Tensor, before: State, after: State, table: str, column: int)
     )
     inherited: list[list[Tensor]] = [[] for _ in range(len(old_R))]
     for v in ids.tolist():
-        inherited[new_main[v][column]].append(old_R[old_main[v][column]])
+        for level in range(levels):
+            new_row, old_row = (level * num_rows + main[v][column * levels + level] for main in (new_main, old_main))
+            inherited[new_row].append(old_R[old_row])
         inherited[num_main + new_helper[v]].append(old_R[num_main + old_helper[v]])
     return torch.stack([torch.stack(values).mean(0) if values else torch.zeros_like(old_R[0]) for values in inherited])
 

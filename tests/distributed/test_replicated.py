@@ -43,19 +43,23 @@ from tests.distributed.reference import (
 pytestmark = pytest.mark.distributed
 
 
-def tables_with(assignments: str) -> list[EmbeddingBagConfig]:
-    """The mixed tables; the CCE one with its assignments placed as asked, so that 2 and 4 ranks have uneven blocks."""
+WITH_ASSIGNMENTS = ("cce", "residual", "pq")
+
+
+def tables_with(assignments: str, sign: bool = False) -> list[EmbeddingBagConfig]:
+    """The mixed tables; those with assignments have them placed as asked, so that 2 and 4 ranks have uneven blocks."""
     return [
-        dataclasses.replace(table, assignment_placement=assignments) if table.name == "cce" else table
-        for table in mixed_tables()
+        dataclasses.replace(table, assignment_placement=assignments) if table.name in WITH_ASSIGNMENTS else table
+        for table in mixed_tables(sign)
     ]
 
 
 def places(names: list[str], rest: Placement | None, world_size: int) -> dict[str, Placement]:
-    """CCE's codebooks replicated, the others as ``rest`` or mixed."""
+    """Codebooks that may have sharded assignments replicated, the others as ``rest`` or mixed."""
     mixed = [row_wise(world_size), table_wise(1), DATA_PARALLEL]
     return {
-        name: DATA_PARALLEL if name.startswith("cce") else rest or mixed[index % 3] for index, name in enumerate(names)
+        name: DATA_PARALLEL if name.startswith(WITH_ASSIGNMENTS) else rest or mixed[index % 3]
+        for index, name in enumerate(names)
     }
 
 
@@ -65,10 +69,10 @@ def in_backward_model(tables: list[EmbeddingBagConfig], device: str = "cpu") -> 
     return model
 
 
-def check_training(rank: int, world_size: int, assignments: str, rest: Placement | None) -> None:
+def check_training(rank: int, world_size: int, assignments: str, rest: Placement | None, sign: bool = False) -> None:
     """Nothing but backward trains the model, and then a re-clustering carries its optimizer state."""
-    reference = Model(mixed_tables())
-    model = in_backward_model(tables_with(assignments))
+    reference = Model(mixed_tables(sign))
+    model = in_backward_model(tables_with(assignments, sign))
     model.load_state_dict(reference.state_dict())
     dmp = shard(model, places(physical_tables(model.collection), rest, world_size))
     assert not dict(in_backward_optimizer_filter(dmp.named_parameters()))
@@ -104,6 +108,10 @@ class _OptimizerState:
 @pytest.mark.parametrize("assignments", ["replicated", "sharded"])
 def test_training_in_backward_on_2_ranks(ranks2: RankPool, assignments: str, rest: Placement | None) -> None:
     ranks2.run(check_training, assignments, rest)
+
+
+def test_training_with_signs_beside_sharded_assignments(ranks2: RankPool) -> None:
+    ranks2.run(check_training, "sharded", None, True)
 
 
 def test_training_in_backward_on_4_ranks(ranks4: RankPool) -> None:

@@ -26,6 +26,7 @@ from tests.distributed.models import (
     Model,
     Placement,
     batch,
+    mixed_tables,
     physical_tables,
     shard,
 )
@@ -53,6 +54,7 @@ class Case:
     hosts: int = 1
     optimizer: str = "rowwise_adagrad"
     is_weighted: bool = False
+    sign: bool = False
 
     @property
     def has_even_batches(self) -> bool:
@@ -92,8 +94,7 @@ def assert_same_pooled(pooled: KeyedTensor, expected: KeyedTensor) -> None:
 
 
 def check_parity(rank: int, world_size: int, case: Case) -> None:
-    reference = Model(is_weighted=case.is_weighted)
-    model = Model(is_weighted=case.is_weighted)
+    reference, model = (Model(mixed_tables(case.sign), is_weighted=case.is_weighted) for _ in range(2))
     model.load_state_dict(reference.state_dict())
     placements = case.placements(physical_tables(model.collection))
     unfused = [name for name, place in placements.items() if place.kernel == "dense" or place == DATA_PARALLEL]
@@ -145,6 +146,12 @@ def test_weighted_training_on_2_ranks(ranks2: RankPool, places: str) -> None:
     ranks2.run(check_parity, Case(places, is_weighted=True))
 
 
+@pytest.mark.parametrize("is_weighted", [False, True], ids=["unweighted", "weighted"])
+@pytest.mark.parametrize("places", ON_2)
+def test_training_with_signs_on_2_ranks(ranks2: RankPool, places: str, is_weighted: bool) -> None:
+    ranks2.run(check_parity, Case(places, is_weighted=is_weighted, sign=True))
+
+
 NEED_4 = ["table_row_wise", "table_column_wise", "grid_shard", "row_wise", "mixed"]
 
 
@@ -155,6 +162,10 @@ def test_training_on_2_hosts(two_hosts: RankPool, case: Case) -> None:
 
 def test_weighted_training_on_2_hosts(two_hosts: RankPool) -> None:
     two_hosts.run(check_parity, Case("mixed", hosts=2, is_weighted=True))
+
+
+def test_training_with_signs_on_2_hosts(two_hosts: RankPool) -> None:
+    two_hosts.run(check_parity, Case("mixed", hosts=2, sign=True))
 
 
 def test_the_reference_pools_right() -> None:

@@ -15,6 +15,7 @@ from cce_torchrec import (
     CCE,
     CE,
     QR,
+    Bloom,
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingBagConfig,
     CompressionRule,
@@ -22,6 +23,7 @@ from cce_torchrec import (
     HashingTrick,
     ReclusterConfig,
     ReclusterSchedule,
+    ResidualCCE,
     recluster,
 )
 from cce_torchrec.methods import MethodConfig
@@ -29,7 +31,7 @@ from tests.unit.oracles import make_kjt
 
 V, D = 20, 8
 BOUNDED = [FullTable(), QR(num_remainders=4), QR(num_remainders=4, operation="concat"), CCE(num_rows=4, num_columns=2)]
-HASHED = [HashingTrick(num_rows=4), CE(num_rows=4, num_columns=2)]
+HASHED = [HashingTrick(num_rows=4), Bloom(num_rows=4, num_hashes=1), CE(num_rows=4, num_columns=2)]
 
 
 def table(method: Any = None, name: str = "t", **fields: Any) -> CompressedEmbeddingBagConfig:
@@ -93,7 +95,7 @@ def test_tables_of_no_size(fields: dict[str, int]) -> None:
 @pytest.mark.parametrize("value", [0, -5, 2.0, "8", None])
 @pytest.mark.parametrize(
     ("method", "name"),
-    [(CCE, "num_rows"), (CE, "num_rows"), (HashingTrick, "num_rows"), (QR, "num_remainders")],
+    [(CCE, "num_rows"), (CE, "num_rows"), (HashingTrick, "num_rows"), (Bloom, "num_rows"), (QR, "num_remainders")],
 )
 def test_sizes_that_are_not_positive_integers(method: Any, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}={value!r} is not a positive integer"):
@@ -107,6 +109,28 @@ def test_other_sizes_of_cce(fields: dict[str, int]) -> None:
         CCE(num_rows=5, **fields)
 
 
+@pytest.mark.parametrize("levels", [1, 0, -2, 2.0])
+def test_levels_of_residual_cce(levels: Any) -> None:
+    message = rf"num_levels={levels} (leaves no codebook .* 2 levels or more|is not a positive integer)"
+    with pytest.raises(ValueError, match=message):
+        ResidualCCE(num_rows=5, num_levels=levels)
+    with pytest.raises(ValueError, match=message):
+        ResidualCCE.from_budget(V, D, 1000, num_levels=levels)
+
+
+@pytest.mark.parametrize("sign", [1, "yes", None], ids=str)
+def test_a_sign_that_is_no_choice(sign: Any) -> None:
+    with pytest.raises(ValueError, match=f"sign={sign!r} is neither True nor False"):
+        HashingTrick(num_rows=5, sign=sign)
+
+
+def test_bloom_without_hashes() -> None:
+    with pytest.raises(ValueError, match="num_hashes=0 is not a positive integer"):
+        Bloom(num_rows=5, num_hashes=0)
+    with pytest.raises(ValueError, match="num_hashes=0 is not a positive integer"):
+        Bloom.from_budget(V, D, 100, num_hashes=0)
+
+
 def test_unknown_operation_of_qr() -> None:
     with pytest.raises(ValueError, match="operation='multiply' is not one of add, concat"):
         QR(num_remainders=5, operation="multiply")  # type: ignore[arg-type]
@@ -116,6 +140,8 @@ def test_budget_too_small_names_the_smallest_one() -> None:
     with pytest.raises(ValueError, match=r"cce: a budget of 15 parameters is too small .* smallest possible is 16"):
         CCE.from_budget(V, D, 15)
     assert CCE.from_budget(V, D, 16).num_params(V, D) == 16
+    with pytest.raises(ValueError, match=r"residual_cce: a budget of 31 parameters .* smallest possible is 32"):
+        ResidualCCE.from_budget(V, D, 31, num_levels=4)
 
 
 def test_names_that_collide_once_cut_in_columns() -> None:
@@ -200,7 +226,7 @@ def test_hashed_methods_tell_any_ids_apart(
 ) -> None:
     collection = build(table(method), bounds_check_mode=mode)
     out = collection(make_kjt({"f": [[number] for number in range(-50, 50)]}))["f"]
-    assert len(torch.unique(out.detach(), dim=0)) == (4 if isinstance(method, HashingTrick) else 16)
+    assert len(torch.unique(out.detach(), dim=0)) == (16 if isinstance(method, CE) else 4)
     assert not caplog.records
 
 

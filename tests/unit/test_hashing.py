@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cce_torchrec.hashing import MAX_ROWS, hash_coefficients, hash_rows, mix64
-from cce_torchrec.methods import CCE
+from cce_torchrec.methods import CCE, HashingTrick
 from cce_torchrec.methods.cce import CCERowMap
 from tests.unit.oracles import python_hash, python_mix64, uniformity
 
@@ -92,12 +92,20 @@ def test_families_of_different_keys_are_independent(one: tuple, other: tuple) ->
 
 
 def test_cce_main_helper_and_next_helper_are_independent() -> None:
-    row_map = CCERowMap(CCE(num_rows=200, num_columns=1), "t", NUM_IDS, 4, None)
+    row_map = CCE(num_rows=200, num_columns=1).row_map("t", NUM_IDS, 4, None)
+    assert isinstance(row_map, CCERowMap)
     ids = torch.arange(NUM_IDS)
     main, helper = row_map.main_rows(ids)[0], row_map.helper_rows(ids)[0]
     next_helper = hash_rows(ids, row_map.draw_helper_coefficients(1), 200)[0]
     for first_N, second_N in ((main, helper), (helper, next_helper), (main, next_helper)):
         assert abs(uniformity(first_N * 200 + second_N, 200**2)) < LIMIT
+
+
+def test_the_sign_of_an_id_is_independent_of_its_row() -> None:
+    row_map = HashingTrick(num_rows=100, sign=True).row_map("t", NUM_IDS, 4, None)
+    ids = torch.arange(NUM_IDS)
+    sides_N = (row_map.row_weights(ids).view(-1).long() + 1) // 2
+    assert abs(uniformity(row_map.rows(ids).view(-1) * 2 + sides_N, 200)) < LIMIT
 
 
 def test_zero_and_negative_ids_are_ordinary() -> None:

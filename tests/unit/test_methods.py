@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cce_torchrec import CCE, CE, QR, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, FullTable
+from cce_torchrec import CCE, CE, QR, Bloom, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, FullTable
 from cce_torchrec import HashingTrick as Hashing
 from cce_torchrec.methods import MethodConfig
 from cce_torchrec.methods.base import id_chunks
-from tests.unit.oracles import python_hash
+from tests.unit.oracles import make_kjt, python_hash
 
 V, D = 41, 8
 
@@ -38,6 +38,69 @@ def test_hashing_trick_looks_up_the_hashed_row() -> None:
     assert codebook.shape == (7, D)
     expected = [codebook[python_hash(v, 7, 0, 3, "t", "hashing_trick")] for v in range(V)]
     assert torch.equal(collection.dense_weight("t"), torch.stack(expected))
+
+
+def test_signed_hashing_trick_multiplies_the_row_by_a_hashed_sign() -> None:
+    collection = build(Hashing(num_rows=7, seed=3, sign=True))
+    (codebook,) = weights(collection)
+    key = (3, "t", "hashing_trick")
+    signs = [2 * python_hash(v, 2, 0, *key, "sign") - 1 for v in range(V)]
+    assert set(signs) == {-1, 1}
+    expected = [signs[v] * codebook[python_hash(v, 7, 0, *key)] for v in range(V)]
+    assert torch.equal(collection.dense_weight("t"), torch.stack(expected))
+
+
+def test_signs_make_inner_products_unbiased() -> None:
+    # The feature vector of ids x is sum_v x_v s(v) e_{h(v)}; with signs <x, y> is kept on average (0902.2206, lemma 2).
+    x, y = torch.randn(2, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).abs()
+    products: dict[bool, list[float]] = {False: [], True: []}
+    for sign, found in products.items():
+        for seed in range(400):
+            row_map = Hashing(num_rows=5, seed=seed, sign=sign).row_map("t", V, 1, None)
+            rows_V = row_map.rows(torch.arange(V)).view(V)
+            signs_V = row_map.row_weights(torch.arange(V)).view(V).double() if sign else torch.ones_like(x)
+            hashed = [torch.zeros(5, dtype=torch.float64).index_add_(0, rows_V, signs_V * z) for z in (x, y)]
+            found.append(float(hashed[0] @ hashed[1]))
+    inner, mean = float(x @ y), {sign: sum(found) / 400 for sign, found in products.items()}
+    error = torch.tensor(products[True]).std() / 20
+    assert abs(mean[True] - inner) < 4 * error
+    assert mean[False] - inner > 20 * error
+
+
+def test_rows_carry_weights_only_where_there_is_a_sign() -> None:
+    def table(name: str, method: MethodConfig) -> CompressedEmbeddingBagConfig:
+        return CompressedEmbeddingBagConfig(
+            name=name, num_embeddings=V, embedding_dim=D, feature_names=[name], method=method
+        )
+
+    for sign in (False, True):
+        tables = [table("t", Hashing(num_rows=7, sign=sign)), table("u", CCE(num_rows=3, num_columns=2))]
+        collection = CompressedEmbeddingBagCollection(tables=tables)
+        assert not collection.is_weighted()
+        assert collection._embedding_bag_collection.is_weighted() == sign
+        rows = collection._rewrite(make_kjt({"t": [[1, 2], []], "u": [[], [3]]}))
+        if sign:
+            assert set(rows["t"].weights().tolist()) <= {-1.0, 1.0}
+            assert rows["u:1"].weights().tolist() == [1.0, 1.0]
+        else:
+            assert rows.weights_or_none() is None
+
+
+def test_a_hashing_trick_without_sign_is_stored_as_ever() -> None:
+    assert Hashing(num_rows=7).layout(V, D) == f"hashing_trick(num_rows=7) {V}x{D} format 1"
+    assert Hashing(num_rows=7, sign=True).layout(V, D) == f"hashing_trick(num_rows=7, sign=True) {V}x{D} format 1"
+    assert not any("sign" in name for name in build(Hashing(num_rows=7)).state_dict())
+
+
+@pytest.mark.parametrize("hashes", [1, 2, 4, 7])
+def test_bloom_is_the_mean_of_hashed_rows(hashes: int) -> None:
+    collection = build(Bloom(num_rows=11, num_hashes=hashes, seed=5))
+    (codebook,) = weights(collection)
+    assert codebook.shape == (11, D)
+    rows = [[python_hash(v, 11, j, 5, "t", "bloom") for j in range(hashes)] for v in range(V)]
+    expected = [sum(codebook[row] for row in of_id) / hashes for of_id in rows]
+    torch.testing.assert_close(collection.dense_weight("t"), torch.stack(expected))
+    assert Bloom(num_rows=11).num_hashes == 4
 
 
 def test_ce_concatenates_a_hashed_row_a_column() -> None:
