@@ -114,7 +114,9 @@ class RowRewriter:
         return KeyedJaggedTensor(
             keys=[key_prefix + key for key in self._keys] if key_prefix else self._keys,
             values=self._rows(self._split(features.values(), ends)),
-            lengths=lengths_FB.index_select(0, self._feature_P).mul_(self._rows_per_id_P1.to(lengths_FB.dtype)).view(-1),
+            lengths=lengths_FB.index_select(0, self._feature_P)
+            .mul_(self._rows_per_id_P1.to(lengths_FB.dtype))
+            .view(-1),
             weights=self._gather(self._weights(features, ends)) if self._is_weighted else None,
             stride=features.stride(),
         )

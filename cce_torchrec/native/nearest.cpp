@@ -225,6 +225,9 @@ class Kernel {
   // The nearest centroid of point i of the block; sharpens the bounds of the groups it looks at.
   int64_t search(int i, int64_t n, float* bounds) {
     const float* x = &work.rows[i * dims()];
+    Vector spread[DIM != 0 ? DIM : 1];  // in registers, where they are few
+    for (int64_t d = 0; d < DIM; ++d) spread[d] = all(x[d]);
+    const auto coordinate = [&](int64_t d) { return DIM != 0 ? spread[d] : all(x[d]); };
     const float square = work.squares[i];
     Vector best = all(INF), second = all(INF);
     Ints vector_of = {};
@@ -236,10 +239,10 @@ class Kernel {
         Vector score = *reinterpret_cast<const Vector*>(&packed.norms[v * W]);
         Vector odd = {};  // two sums at a time take half as long
         for (int64_t d = 0; d + 1 < dims(); d += 2) {
-          score += x[d] * *reinterpret_cast<const Vector*>(centroid + d * W);
-          odd += x[d + 1] * *reinterpret_cast<const Vector*>(centroid + (d + 1) * W);
+          score += coordinate(d) * *reinterpret_cast<const Vector*>(centroid + d * W);
+          odd += coordinate(d + 1) * *reinterpret_cast<const Vector*>(centroid + (d + 1) * W);
         }
-        if (dims() % 2) score += x[dims() - 1] * *reinterpret_cast<const Vector*>(centroid + (dims() - 1) * W);
+        if (dims() % 2) score += coordinate(dims() - 1) * *reinterpret_cast<const Vector*>(centroid + (dims() - 1) * W);
         score += odd;
         const Ints less = score < best;
         second = smaller(second, larger(score, best));

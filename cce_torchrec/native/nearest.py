@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from cce_torchrec.native.library import usable
+from cce_torchrec.native.build import usable
 
 MAX_GROUPS = 64
 MAX_BOUND_BYTES = 2**27  # of all points
@@ -63,9 +63,11 @@ class NativeSearch:
         centroids_KD = centroids_KD.contiguous()
         fresh = self._centroids_KD is None
         if self._centroids_KD is None:
+            order_K = torch.arange(len(centroids_KD), dtype=torch.int32)
             if not self._once:
+                order_K = _in_groups(centroids_KD, self._order_GS.shape[1])
                 self._bounds_NG = torch.empty(len(self._points_ND), len(self._drift_G))
-            self._order_GS.view(-1)[: len(centroids_KD)] = _in_groups(centroids_KD, self._order_GS.shape[1])
+            self._order_GS.view(-1)[: len(centroids_KD)] = order_K
         else:
             self._drift(centroids_KD, self._centroids_KD)
         self._centroids_KD = None if self._once else centroids_KD.clone()

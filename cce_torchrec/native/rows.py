@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cce_torchrec.native.library import usable
+from cce_torchrec.native.build import usable
 
 _SCRATCH_IDS = 512  # as BLOCK of rows.cpp
 

@@ -1,11 +1,11 @@
 """The nearest of many centroids, exactly and fast: where the time of a clustering goes.
 
-On a CPU with a C++ compiler ``native/nearest.cpp`` finds them. Otherwise, and on a GPU, this file does. Per block of points (small enough to stay in cache) it is a matrix product and a minimum in two levels: a vectorised
-``amin`` over strided classes of centroids (arg-min kernels are several times slower than ``amin`` on a CPU), then the
-arg-min of the few class minima and of the winning class. The same two small arrays give the runner-up, hence a proof that
-rounding did not matter; the rare points without one are redone in float64. After the first iteration of a fit most points
-stay where they are, and for those one ``amin`` over the other centroids is the proof. ``benchmarks/kmeans_assign.py`` times
-the alternatives.
+On a CPU with a C++ compiler ``native/nearest.cpp`` finds them; otherwise, and on a GPU, this file does. Per block of points
+(small enough to stay in cache) it is a matrix product and a minimum in two levels: a vectorised ``amin`` over strided
+classes of centroids (arg-min kernels are several times slower than ``amin`` on a CPU), then the arg-min of the few class
+minima and of the winning class. The same two small arrays give the runner-up, hence a proof that rounding did not matter;
+the rare points without one are redone in float64. After the first iteration of a fit most points stay where they are, and
+for those one ``amin`` over the other centroids is the proof. ``benchmarks/kmeans_assign.py`` times the alternatives.
 
 Legend: N points, D dimensions, K centroids, B points of a block, G x C classes of centroids (K padded to G * C).
 """

@@ -19,6 +19,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +49,21 @@ def library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         logger.info("The native kernels cannot be compiled or loaded; the slower PyTorch path is used. %s", detail)
         return None
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """A context in which callers take their PyTorch path; to compare the two."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    library.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ[SWITCH]
+        if before is not None:
+            os.environ[SWITCH] = before
+        library.cache_clear()
 
 
 def usable(*tensors: Tensor) -> ctypes.CDLL | None:
