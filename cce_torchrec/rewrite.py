@@ -124,9 +124,16 @@ class RowRewriter:
             return self._gather([self._checked_rows(table, ids_N) for table, ids_N in enumerate(ids)])
         rows = [len(ids_N) * table.row_map.rows_per_id for table, ids_N in zip(self.tables, ids, strict=True)]
         starts: list[list[int | None]] = [[None] * len(table.row_map.columns) for table in self.tables]
+        repeats: list[
+            tuple[int, int, int]
+        ] = []  # (first, again, rows) of a physical table in several column-wise shards
         end = 0
         for table, column in self._pieces:
-            starts[table][column] = end
+            first = starts[table][column]
+            if first is None:
+                starts[table][column] = end
+            else:
+                repeats.append((first, end, rows[table]))
             end += rows[table]
         values_M = torch.empty(end, dtype=torch.int64)
         for table, (ids_N, starts_C) in enumerate(zip(ids, starts, strict=True)):
@@ -134,6 +141,8 @@ class RowRewriter:
                 for start, rows_NR in zip(starts_C, self._checked_rows(table, ids_N), strict=True):
                     if start is not None:
                         values_M[start : start + rows[table]] = rows_NR.reshape(-1)
+        for first, again, size in repeats:
+            values_M[again : again + size] = values_M[first : first + size]
         return values_M
 
     def _checked_rows(self, table: int, ids_N: Tensor) -> Tensor:

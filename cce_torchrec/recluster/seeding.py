@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, mix64
-from cce_torchrec.native.nearest import NativeSearch
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.nearest import (
     CPU_BLOCK_ELEMENTS,
     default_block,
-    score_rounding,
     slices,
     squared_distances,
     true_float32,
@@ -64,10 +62,6 @@ def seed_centroids(share: Share, K: int, seed: int, ranks: Collectives) -> Tenso
 def _costs_by_scores(points_ND: Tensor, centroids_FD: Tensor) -> Tensor:
     """min_f |x - c_f|^2 up to the rounding of a matrix product, float64 [N]."""
     F = len(centroids_FD)
-    rounding = score_rounding(points_ND.dtype, points_ND.shape[1])
-    native = NativeSearch.build(points_ND, F, rounding=rounding, once=True)
-    if native is not None:
-        return native.nearest(centroids_FD)[1].double()
     origin_D = centroids_FD.double().mean(dim=0).to(centroids_FD.dtype)
     centred_DF = (centroids_FD - origin_D).T.contiguous()
     norms_F = centred_DF.square().sum(dim=0)

@@ -70,10 +70,12 @@ def batch(configs: list[EmbeddingBagConfig], batch_size: int, dtype: torch.dtype
     return KeyedJaggedTensor(keys, ids.to(dtype), lengths=lengths, weights=torch.rand(len(ids)))
 
 
-def rewriter(configs: list[EmbeddingBagConfig], share: slice = slice(None), **options: BoundsCheckMode) -> RowRewriter:
+def rewriter(
+    configs: list[EmbeddingBagConfig], share: slice = slice(None), repeated: int = 0, **options: BoundsCheckMode
+) -> RowRewriter:
     lowered = lower_tables(configs, [None] * len(configs))
-    names = [name for one in lowered for name in one.physical_names]
-    return RowRewriter(lowered, names[share], True, options.get("mode", BoundsCheckMode.FATAL))
+    names = [name for one in lowered for name in one.physical_names][share]
+    return RowRewriter(lowered, names + names[:repeated], True, options.get("mode", BoundsCheckMode.FATAL))
 
 
 @needs_compiler
@@ -83,7 +85,7 @@ def rewriter(configs: list[EmbeddingBagConfig], share: slice = slice(None), **op
 @pytest.mark.parametrize("batch_size", [0, 1, 600])
 def test_a_rewrite_is_that_of_pytorch(batch_size: int, share: slice) -> None:
     configs = [table(name, method, features=1 + index % 2) for index, (name, method) in enumerate(METHODS.items())]
-    rewrite, features = rewriter(configs, share), batch(configs, batch_size)
+    rewrite, features = rewriter(configs, share, repeated=2), batch(configs, batch_size)  # as column-wise shards are
     assert library() is not None
     native = rewrite(features)
     with switched_off():
