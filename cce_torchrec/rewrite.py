@@ -88,7 +88,6 @@ class RowRewriter:
         self._keys: list[str] = []
         self._pieces: list[tuple[int, int]] = []  # (table, column) of each physical table
         feature_P: list[int] = []
-        rows_per_id_P: list[int] = []
         for name in physical_tables:
             table = table_of[name]
             position, column = index[table.name], table.physical_names.index(name)
@@ -96,11 +95,11 @@ class RowRewriter:
             self._pieces.append((position, column))
             self._keys += table.physical_configs[column].feature_names
             feature_P += range(first_feature[position], first_feature[position] + count)
-            rows_per_id_P += [table.row_map.rows_per_id] * count
         whole = [(t, column) for t, table in enumerate(self.tables) for column in range(len(table.row_map.columns))]
         self._whole_tables = self._pieces == whole
         self._feature_P = torch.tensor(feature_P, dtype=torch.int64)
-        self._rows_per_id_P1 = torch.tensor(rows_per_id_P, dtype=torch.int64).unsqueeze(1)
+        rows_per_id_F = [table.row_map.rows_per_id for table in self.tables for _ in table.config.feature_names]
+        self._rows_per_id_F1 = torch.tensor(rows_per_id_F, dtype=torch.int64).unsqueeze(1)
 
     @torch.no_grad()
     def __call__(
@@ -128,15 +127,13 @@ class RowRewriter:
             return features
         lengths_FB = features.lengths().view(len(self.features), -1)
         self._feature_P = self._feature_P.to(lengths_FB.device)
-        self._rows_per_id_P1 = self._rows_per_id_P1.to(lengths_FB.device)
+        self._rows_per_id_F1 = self._rows_per_id_F1.to(lengths_FB.device)
         ends = features.offset_per_key()
         ids = self._split(features.values(), ends)
         return KeyedJaggedTensor(
             keys=[key_prefix + key for key in self._keys] if key_prefix else self._keys,
             values=self._rows(ids, assigned),
-            lengths=lengths_FB.index_select(0, self._feature_P)
-            .mul_(self._rows_per_id_P1.to(lengths_FB.dtype))
-            .view(-1),
+            lengths=(lengths_FB * self._rows_per_id_F1.to(lengths_FB.dtype)).index_select(0, self._feature_P).view(-1),
             weights=self._gather(self._weights(features, ids, ends)) if self._looks_up_weights else None,
             stride=features.stride(),
         )

@@ -1,5 +1,5 @@
 """Native kernels for the CPU, compiled on first use where there is a C++ compiler."""
 
-from cce_torchrec.native.library import library
+from cce_torchrec.native.build import library, switched_off
 
-__all__ = ["library"]
+__all__ = ["library", "switched_off"]

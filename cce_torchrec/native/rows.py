@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cce_torchrec.native.library import library
+from cce_torchrec.native.build import usable
 
 _SCRATCH_IDS = 512  # as BLOCK of rows.cpp
 
@@ -29,10 +29,10 @@ def write_hashed_rows(
     Returns:
         Whether it was done: not where there is no library, or for tensors it cannot see into.
     """
-    loaded = _usable(ids_N, coefficients)
+    ids_N = ids_N.to(torch.int64).contiguous()
+    loaded = usable(ids_N, coefficients)
     if loaded is None:
         return False
-    ids_N = ids_N.to(torch.int64).contiguous()
     loaded.cce_hashed_rows(
         ids_N.data_ptr(), len(ids_N), len(starts_C), coefficients.data_ptr(), num_rows, _addresses(values_M, starts_C)
     )
@@ -65,10 +65,10 @@ def write_assigned_rows(
     Returns:
         Whether it was done: not where an id has no assignment, there is no library, or for tensors it cannot see into.
     """
-    loaded = _usable(ids_N, coefficients, assignments)
+    ids_N = ids_N.to(torch.int64).contiguous()
+    loaded = usable(ids_N, coefficients, assignments)
     if loaded is None:
         return False
-    ids_N = ids_N.to(torch.int64).contiguous()
     scratch = torch.empty(len(starts_C) * _SCRATCH_IDS, dtype=assignments.dtype)
     return bool(
         loaded.cce_assigned_rows(
@@ -86,13 +86,6 @@ def write_assigned_rows(
             _addresses(values_M, starts_C),
         )
     )
-
-
-def _usable(*tensors: Tensor) -> ctypes.CDLL | None:
-    """The library, where all of these are ordinary tensors in this machine's memory."""
-    if torch.compiler.is_compiling() or not all(type(tensor) is Tensor and tensor.is_cpu for tensor in tensors):
-        return None
-    return library() if all(tensor.is_contiguous() for tensor in tensors[1:]) else None
 
 
 def _addresses(values_M: Tensor, starts_C: Sequence[int | None]) -> ctypes.Array[ctypes.c_void_p]:

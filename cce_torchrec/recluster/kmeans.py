@@ -20,9 +20,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cce_torchrec.hashing import derive_seed
+from cce_torchrec.native.nearest import add_moments
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
-from cce_torchrec.recluster.nearest import Search, true_float32
+from cce_torchrec.recluster.nearest import Tracker, slices
 from cce_torchrec.recluster.seeding import Share, draw, seed_centroids
+
+_MOMENTS_CHUNK = 1 << 14  # points whose float64 copies are held at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,11 +177,9 @@ def _lloyd(
     """Move each centroid to the mean of its points until that no longer helps."""
     objectives: list[float] = []
     num_refilled, just_refilled = 0, True
-    assignment_N: Tensor | None = None
+    tracker = Tracker(share.points_ND, len(centroids_KD), block)
     while True:
-        sums_KD, counts_K, objective, assignment_N, costs_N = _reduced_statistics(
-            share, centroids_KD, assignment_N, ranks, block
-        )
+        sums_KD, counts_K, objective, costs_N = _reduced_statistics(share, centroids_KD, tracker, ranks)
         empty_K = counts_K == 0
         gained_little = not just_refilled and objectives[-1] - objective <= tolerance * objectives[-1]
         converged = objective == 0 or gained_little
@@ -208,18 +209,18 @@ def _lloyd(
 
 
 def _reduced_statistics(
-    share: Share, centroids_KD: Tensor, guess_N: Tensor | None, ranks: Collectives, block: int | None
-) -> tuple[Tensor, Tensor, float, Tensor, Tensor]:
-    """Sums [K, D], counts [K] and objective over all ranks; assignment and squared distances [N] of this rank.
+    share: Share, centroids_KD: Tensor, tracker: Tracker, ranks: Collectives
+) -> tuple[Tensor, Tensor, float, Tensor]:
+    """Sums [K, D], counts [K] and objective over all ranks; squared distances [N] of this rank.
 
     There is one all-reduce. It also counts the ranks whose local work raised, so hearing of a failure costs nothing.
     """
     K, D = centroids_KD.shape
     error: Exception | None = None
     packed = torch.zeros(K * (D + 1) + 2, dtype=torch.float64, device=centroids_KD.device)
-    assignment_N, costs_N = share.ids_N[:0], share.weights_N[:0]
+    costs_N = share.weights_N[:0]
     try:
-        assignment_N, costs_N = _local_statistics(share, centroids_KD, guess_N, packed, block)
+        costs_N = _local_statistics(share, centroids_KD, tracker, packed)
     except Exception as raised:  # whatever it is, the other ranks must hear of it
         error = raised
         packed[-1] = 1
@@ -228,22 +229,17 @@ def _reduced_statistics(
     if num_failed:
         ranks.agree(error)
     moments_KE = packed[:-2].view(K, D + 1)
-    return moments_KE[:, :D], moments_KE[:, D], objective, assignment_N, costs_N
+    return moments_KE[:, :D], moments_KE[:, D], objective, costs_N
 
 
-def _local_statistics(
-    share: Share, centroids_KD: Tensor, guess_N: Tensor | None, packed: Tensor, block: int | None
-) -> tuple[Tensor, Tensor]:
-    """Add this rank's weighted sums, counts and objective to ``packed``; return assignment and squared distances."""
-    K, D = centroids_KD.shape
-    moments_KE = packed[:-2].view(K, D + 1)
-    assignment_N, costs_N = torch.empty_like(share.ids_N), torch.empty_like(share.weights_N)
-    search = Search(centroids_KD, len(costs_N), block)
-    with true_float32(centroids_KD.device):
-        for at in search.chunks(len(costs_N)):
-            guess = None if guess_N is None else guess_N[at]
-            assignment_N[at], costs_N[at] = search.nearest(share.points_ND[at], guess)
+def _local_statistics(share: Share, centroids_KD: Tensor, tracker: Tracker, packed: Tensor) -> Tensor:
+    """Add this rank's weighted sums, counts and objective to ``packed``; return the squared distances."""
+    moments_KE = packed[:-2].view(len(centroids_KD), -1)
+    assignment_N, distance_N = tracker.nearest(centroids_KD)
+    if not add_moments(share.points_ND, share.weights_N, assignment_N, moments_KE):
+        for at in slices(len(assignment_N), _MOMENTS_CHUNK):
             moments = pad(share.points_ND[at].double(), (0, 1), value=1.0).mul_(share.weights_N[at, None])
             moments_KE.index_add_(0, assignment_N[at], moments)
+    costs_N = distance_N.double()
     packed[-2] = costs_N @ share.weights_N
-    return assignment_N, costs_N
+    return costs_N

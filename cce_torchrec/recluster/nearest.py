@@ -1,11 +1,11 @@
 """The nearest of many centroids, exactly and fast: where the time of a clustering goes.
 
-Per block of points (small enough to stay in cache) it is a matrix product and a minimum in two levels: a vectorised
-``amin`` over strided classes of centroids (arg-min kernels are several times slower than ``amin`` on a CPU), then the
-arg-min of the few class minima and of the winning class. The same two small arrays give the runner-up, hence a proof that
-rounding did not matter; the rare points without one are redone in float64. After the first iteration of a fit most points
-stay where they are, and for those one ``amin`` over the other centroids is the proof. ``benchmarks/kmeans_assign.py`` times
-the alternatives.
+On a CPU with a C++ compiler ``native/nearest.cpp`` finds them; otherwise, and on a GPU, this file does. Per block of points
+(small enough to stay in cache) it is a matrix product and a minimum in two levels: a vectorised ``amin`` over strided
+classes of centroids (arg-min kernels are several times slower than ``amin`` on a CPU), then the arg-min of the few class
+minima and of the winning class. The same two small arrays give the runner-up, hence a proof that rounding did not matter;
+the rare points without one are redone in float64. After the first iteration of a fit most points stay where they are, and
+for those one ``amin`` over the other centroids is the proof. ``benchmarks/kmeans_assign.py`` times the alternatives.
 
 Legend: N points, D dimensions, K centroids, B points of a block, G x C classes of centroids (K padded to G * C).
 """
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from cce_torchrec.native.nearest import NativeSearch
 
 CPU_BLOCK_ELEMENTS = 2**20  # scores of a block and thread: 4 MiB of float32
 CUDA_BLOCK_ELEMENTS = 2**25
@@ -32,7 +34,7 @@ def assign_nearest(points_ND: Tensor, centroids_KD: Tensor, *, block: int | None
         points_ND: [N, D] of a floating dtype; N may be 0.
         centroids_KD: [K, D], K at least 1.
         block: points whose K distances are held at a time: the extra memory is about ``4 * block * K`` bytes. Default:
-            what fits a cache.
+            what fits a cache. The native kernel holds bounds in place of distances, and has no use for it.
 
     Returns:
         The assignment, int64 [N], and the squared distance [N], computed from the difference of the two vectors, so
@@ -49,14 +51,48 @@ def assign_nearest(points_ND: Tensor, centroids_KD: Tensor, *, block: int | None
         raise ValueError(f"need [N, D] points and [K, D] centroids, got {points_ND.shape} and {centroids_KD.shape}.")
     if len(centroids_KD) == 0:
         raise ValueError("there are no centroids to assign points to: pass at least one row.")
-    dtype = torch.float64 if points_ND.dtype == torch.float64 else torch.float32
-    search = Search(centroids_KD.to(points_ND.device, dtype), len(points_ND), block)
-    assignment_N = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
-    distance_N = torch.empty(len(points_ND), dtype=dtype, device=points_ND.device)
-    with true_float32(points_ND.device):
-        for at in search.chunks(len(points_ND)):
-            assignment_N[at], distance_N[at] = search.nearest(points_ND[at].to(dtype))
-    return assignment_N, distance_N
+    points_ND = points_ND.to(torch.float64 if points_ND.dtype == torch.float64 else torch.float32)
+    tracker = Tracker(points_ND, len(centroids_KD), block, once=True)
+    return tracker.nearest(centroids_KD.to(points_ND))
+
+
+class Tracker:
+    """The nearest centroids of points that stay while the centroids move; what one call finds speeds up the next.
+
+    By the native kernels where they are to be had, else by :class:`Search`: the result is the same.
+
+    Args:
+        points_ND: float32 or float64 [N, D].
+        num_centroids: K.
+        block: as that of :func:`assign_nearest`.
+        once: whether there will be one call only, so that nothing need be kept for the next.
+    """
+
+    def __init__(self, points_ND: Tensor, num_centroids: int, block: int | None, *, once: bool = False) -> None:
+        self._points_ND, self._block, self._once = points_ND, block, once
+        self._guess_N: Tensor | None = None
+        rounding = score_rounding(points_ND.dtype, points_ND.shape[1])
+        self._native = NativeSearch.build(points_ND, num_centroids, rounding=rounding, once=once)
+
+    def nearest(self, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest of K centroids for each point, int64 [N], and the squared distance to it, [N]."""
+        if self._native is not None:
+            return self._native.nearest(centroids_KD)
+        points_ND, guess_N = self._points_ND, self._guess_N
+        search = Search(centroids_KD, len(points_ND), self._block)
+        assignment_N = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
+        distance_N = torch.empty(len(points_ND), dtype=points_ND.dtype, device=points_ND.device)
+        with true_float32(points_ND.device):
+            for at in search.chunks(len(points_ND)):
+                guess = None if guess_N is None else guess_N[at]
+                assignment_N[at], distance_N[at] = search.nearest(points_ND[at], guess)
+        self._guess_N = None if self._once else assignment_N
+        return assignment_N, distance_N
+
+
+def score_rounding(dtype: torch.dtype, num_dims: int) -> float:
+    """The share of (|x| + |c|)^2 that a score |c|^2 - 2 x.c is wrong by at most."""
+    return torch.finfo(dtype).eps / 2 * min(num_dims + 3, 8 * math.sqrt(num_dims))
 
 
 class Search:
@@ -77,7 +113,7 @@ class Search:
         norms_K = centred_KD.double().square().sum(dim=1).to(dtype)
         self._norms_K = pad(norms_K, (0, padding), value=torch.inf)
         self._centred_DK = pad(centred_KD, (0, 0, 0, padding)).T.contiguous()
-        self._rounding = torch.finfo(dtype).eps / 2 * min(D + 3, 8 * math.sqrt(D))
+        self._rounding = score_rounding(dtype, D)
         self._block = min(block or default_block(K, device), max(num_points, 1))
         self._scores_BK = torch.empty(self._block, self._groups * self._classes, dtype=dtype, device=device)
 

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, mix64
 from cce_torchrec.recluster.collectives import Collectives
-from cce_torchrec.recluster.nearest import CPU_BLOCK_ELEMENTS, default_block, slices, squared_distances, true_float32
+from cce_torchrec.recluster.nearest import (
+    CPU_BLOCK_ELEMENTS,
+    default_block,
+    slices,
+    squared_distances,
+    true_float32,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

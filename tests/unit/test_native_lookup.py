@@ -12,7 +12,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from cce_torchrec.native.library import library
+from cce_torchrec.native import library
 from cce_torchrec.native.lookup import NativeLookup, use_native_lookups
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler on this machine")

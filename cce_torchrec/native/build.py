@@ -19,12 +19,17 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "CCE_TORCHREC_NATIVE"
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fPIC", "-shared", "-pthread")
+_FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 _DIGEST_BYTES = 32
 _TIMEOUT = 300  # seconds
 
@@ -44,6 +49,29 @@ def library() -> ctypes.CDLL | None:
         detail = getattr(error, "stderr", None) or error
         logger.info("The native kernels cannot be compiled or loaded; the slower PyTorch path is used. %s", detail)
         return None
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """A context in which callers take their PyTorch path; to compare the two."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    library.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ[SWITCH]
+        if before is not None:
+            os.environ[SWITCH] = before
+        library.cache_clear()
+
+
+def usable(*tensors: Tensor) -> ctypes.CDLL | None:
+    """The library, where all of these are ordinary contiguous tensors in this machine's memory."""
+    if torch.compiler.is_compiling():
+        return None
+    plain = all(type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+    return library() if plain else None
 
 
 def find_compiler() -> list[str] | None:
@@ -120,11 +148,17 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.cce_hashed_rows.argtypes = [pointer, integer, integer, pointer, integer, pointer]
     loaded.cce_hashed_rows.restype = None
-    loaded.cce_assigned_rows.argtypes = [pointer, *[integer] * 1, pointer, *[integer] * 4, pointer, integer, integer]
-    loaded.cce_assigned_rows.argtypes += [pointer, pointer]
+    loaded.cce_assigned_rows.argtypes = [pointer, integer, pointer, integer, integer, integer, integer]
+    loaded.cce_assigned_rows.argtypes += [pointer, integer, integer, pointer, pointer]
     loaded.cce_assigned_rows.restype = ctypes.c_int
     loaded.cce_lookup.argtypes = [pointer, integer, pointer, pointer, integer]
     loaded.cce_lookup.restype = ctypes.c_int
     loaded.cce_lookup_backward.argtypes = [pointer, integer, pointer, pointer, ctypes.c_float, ctypes.c_float, integer]
     loaded.cce_lookup_backward.restype = None
+    loaded.cce_lanes.argtypes, loaded.cce_lanes.restype = [], integer
+    loaded.cce_nearest.argtypes = [pointer, integer, integer, pointer, integer, pointer, pointer, integer, integer]
+    loaded.cce_nearest.argtypes += [ctypes.c_float, pointer, pointer, ctypes.c_int, pointer, pointer, integer]
+    loaded.cce_nearest.restype = ctypes.c_int
+    loaded.cce_add_moments.argtypes = [pointer, integer, integer, pointer, pointer, pointer]
+    loaded.cce_add_moments.restype = None
     return loaded
