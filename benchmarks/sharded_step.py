@@ -302,7 +302,8 @@ def expected_bytes(way: Way, sizes: Sizes) -> dict[str, float]:
         return {"ids": ids, "pooled": pooled, "gradients": 0}
     rows_per_id = 2 * sizes.num_columns if way.compressed else 1
     features = F * (sizes.num_columns if way.compressed else 1)
-    sent_ids = others * B * F * n * rows_per_id * 8 + (W - 1) * B * features * 8
+    size = 4 if way.compressed else 8  # of a row or id, and of a length
+    sent_ids = others * B * F * n * rows_per_id * size + (W - 1) * B * features * size
     return {"ids": sent_ids, "pooled": W * pooled, "gradients": 0}
 
 
