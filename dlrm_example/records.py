@@ -1,6 +1,6 @@
 """The files of a run: `config.json`, `metrics.jsonl` and, once it is finished, `summary.json`.
 
-Its checkpoints lie beside them (`checkpoints.py`).
+Its checkpoints lie beside them (`checkpoints.py`), as do `tensorboard/` and, where there are several ranks, `logs/`.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 TRAINER = "trainer.json"  # in each checkpoint's folder
 
 
@@ -27,7 +28,8 @@ class Summary:
     """What a finished run comes to.
 
     `best_val_bce` and `best_val_auroc` are each the best of all evaluations; `test_bce` and `test_auroc` were measured
-    at the evaluation with the best validation BCE. `train_seconds` leaves out evaluations and re-clusterings.
+    at the evaluation with the best validation BCE. `train_seconds` leaves out evaluations and re-clusterings. `samples`
+    are rows seen by all ranks; 0 in summaries from before they were counted.
     """
 
     method: str
@@ -47,6 +49,7 @@ class Summary:
     reclusterings: int
     world_size: int
     seed: int
+    samples: int = 0
 
 
 class RunFiles:
@@ -67,8 +70,9 @@ class RunFiles:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / SUMMARY).unlink(missing_ok=True)
-            if (self.folder / CHECKPOINTS).exists():
-                shutil.rmtree(self.folder / CHECKPOINTS)
+            for name in (CHECKPOINTS, TENSORBOARD):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
             (self.folder / METRICS).write_text("")
             self._write_config(config, versions)
         except OSError as error:
