@@ -29,6 +29,7 @@ from dlrm_example.records import CHECKPOINTS, TRAINER, read_json, write_json
 logger = logging.getLogger(__name__)
 
 KEEP_LAST = 2
+ROWS_A_STEP = "rows a step (batch_size x ranks)"  # among the settings
 MAY_DIFFER = (  # in the run that goes on; `batch_size` is compared as rows a step over all ranks
     *(
         "run_dir",
@@ -152,7 +153,7 @@ def remove_all_but_the_last_and_best(folder: Path) -> None:
 def settings_that_matter(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """Whatever decides what a training does, in terms that do not depend on the number of ranks; as JSON has it."""
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER}
-    settings["rows a step (batch_size x ranks)"] = config.batch_size * world_size
+    settings[ROWS_A_STEP] = config.batch_size * world_size
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 

@@ -15,6 +15,9 @@ class Evaluation:
     val: Scores
     test: Scores | None
 
+    def by_split(self) -> dict[str, Scores]:
+        return {"val": self.val} | ({"test": self.test} if self.test else {})
+
 
 @dataclass(kw_only=True)
 class Progress:

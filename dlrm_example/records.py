@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dlrm_example.config import TrainConfig, UsageError
+from dlrm_example.progress import Evaluation
 
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
@@ -78,6 +79,12 @@ class RunFiles:
         except OSError as error:
             raise UsageError(f"--run_dir {self.folder} cannot be written: {error}") from None
 
+    def start_from(self, run_dir: Path, config: TrainConfig, versions: dict[str, str], metrics_bytes: int) -> None:
+        """As :meth:`start`, with the first so many bytes of another run's metrics."""
+        self.start(config, versions)
+        if self._is_main:
+            (self.folder / METRICS).write_bytes((run_dir / METRICS).read_bytes()[:metrics_bytes])
+
     def go_on(self, config: TrainConfig, versions: dict[str, str], metrics_bytes: int) -> None:
         """Forget the metrics that were logged after a checkpoint.
 
@@ -112,6 +119,14 @@ class RunFiles:
         if self._is_main:
             with open(self.folder / METRICS, "a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def log_evaluation(self, evaluation: Evaluation, train_bce: float | None = None) -> None:
+        """One line a split."""
+        where = {"step": evaluation.step, "epoch": evaluation.epoch}
+        if train_bce is not None:
+            self.log(event="eval", split="train", **where, bce=train_bce, auroc=None)
+        for split, scores in evaluation.by_split().items():
+            self.log(event="eval", split=split, **where, bce=scores.bce, auroc=scores.auroc)
 
     def finish(self, summary: Summary) -> None:
         if self._is_main:
@@ -149,6 +164,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config of a run.
+
+    Raises:
+        UsageError: there is no run, or one of another version of this example.
+    """
+    try:
+        content = read_json(folder / CONFIG)
+        content.pop("versions")
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        return TrainConfig(**values)
+    except (OSError, KeyError, TypeError) as error:
+        raise UsageError(f"--run_dir {folder} has no {CONFIG} that can be read: {error}") from error
 
 
 def read_summary(folder: Path) -> Summary:

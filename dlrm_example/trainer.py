@@ -42,6 +42,19 @@ class Loaders:
     test: BatchLoader
 
 
+def evaluation(
+    model: DistributedModelParallel, loaders: Loaders, progress: Progress, world: World, *, show_progress: bool
+) -> Evaluation:
+    """Validation scores of the model as it is, and the test's where validation is better than ever; collective."""
+
+    def scores(split: str, loader: BatchLoader) -> Scores:
+        return evaluate(model, loader, world.device, title=split, progress=show_progress)
+
+    best, val = progress.best, scores("val", loaders.val)
+    test = scores("test", loaders.test) if best is None or val.bce < best.val.bce else None
+    return Evaluation(step=progress.step, epoch=progress.epoch, val=val, test=test)
+
+
 class Trainer:
     """Trains a sharded model and keeps account of it."""
 
@@ -168,31 +181,22 @@ class Trainer:
             raise StoppedError(f"stopped after step {self._progress.step}, with a checkpoint")
 
     def _evaluate(self) -> None:
-        """Validation scores, and the test's where validation is better than ever; batches in flight stay in flight."""
-        progress, best = self._progress, self._progress.best
+        """Batches in flight stay in flight."""
+        progress = self._progress
         train_bce = sum(progress.losses_since_evaluation) / len(progress.losses_since_evaluation)
         progress.losses_since_evaluation.clear()
         with self._detached_model():
-            val = self._scores("val")
-            test = self._scores("test") if best is None or val.bce < best.val.bce else None
-        progress.evaluations.append(Evaluation(step=progress.step, epoch=progress.epoch, val=val, test=test))
-        self._record("train", train_bce, None)
-        self._record("val", val.bce, val.auroc)
-        if test is not None:
-            self._record("test", test.bce, test.auroc)
+            found = evaluation(self._model, self._loaders, progress, self._world, show_progress=self._show_progress)
+        progress.evaluations.append(found)
+        self._files.log_evaluation(found, train_bce)
+        self._board.add("train", progress.step, bce=train_bce)
+        for split, scores in found.by_split().items():
+            self._board.add(split, progress.step, bce=scores.bce, auroc=scores.auroc)
         logger.info(
             "epoch %d step %d: train bce %.4f, val bce %.4f, val auroc %.4f%s",
-            *(progress.epoch, progress.step, train_bce, val.bce, val.auroc, " (best so far)" if test else ""),
+            *(progress.epoch, progress.step, train_bce, found.val.bce, found.val.auroc),
+            " (best so far)" if found.test else "",
         )
-
-    def _scores(self, split: str) -> Scores:
-        loader = getattr(self._loaders, split)
-        return evaluate(self._model, loader, self._world.device, title=split, progress=self._show_progress)
-
-    def _record(self, split: str, bce: float, auroc: float | None) -> None:
-        row = {"event": "eval", "split": split, "step": self._progress.step, "epoch": self._progress.epoch}
-        self._files.log(**row, bce=bce, auroc=auroc)
-        self._board.add(split, self._progress.step, bce=bce, auroc=auroc)
 
     @contextmanager
     def _detached_model(self) -> Iterator[None]:
