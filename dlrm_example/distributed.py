@@ -14,6 +14,7 @@ from dlrm_example.roll_call import RollCall
 
 T = TypeVar("T")
 TIMEOUT = 600.0  # seconds
+UNNAMED_JOB = "none"  # torchrun's, where nobody gives it a --rdzv_id
 PATIENCE = 10.0  # seconds to wait for a sign of the other ranks, once a collective has failed
 
 
@@ -92,8 +93,14 @@ def mean_over_ranks(values: torch.Tensor, world: World) -> list[float]:
 
 
 def restarts() -> int:
-    """How often TorchElastic has started this job's processes again."""
+    """How often TorchElastic has started this node's processes again after a failure of theirs."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def elastic_job() -> str | None:
+    """TorchElastic's name of the job, which outlives restarts, changes of its nodes and a scheduler's retries."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", UNNAMED_JOB)
+    return None if name == UNNAMED_JOB else name
 
 
 def _device() -> torch.device:
@@ -105,9 +112,13 @@ def _device() -> torch.device:
 
 
 def _init(backend: str, device: torch.device, timeout: timedelta) -> RollCall:
-    rank, size, store = 0, 1, dist.HashStore()
+    store: dist.Store = dist.HashStore()
+    rank, size = 0, 1
     if "RANK" in os.environ:  # started by torchrun, which says where the others are
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The agent keeps its store when it starts us again, and in it the addresses of the processes before us.
+            store = dist.PrefixStore(f"start_{restarts()}", store)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("process_group", store),

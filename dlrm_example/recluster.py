@@ -24,7 +24,7 @@ from dlrm_example.distributed import World, on_main_rank, process_group
 from dlrm_example.model import build_model, build_optimizer, shard_model
 from dlrm_example.progress import Progress
 from dlrm_example.records import CHECKPOINTS, SUMMARY, RunFiles, read_config
-from dlrm_example.train import load_dataset, make_loaders, set_up_process, versions
+from dlrm_example.train import about_this_run, load_dataset, make_loaders, set_up_process
 from dlrm_example.trainer import Loaders, evaluation
 
 logger = logging.getLogger("dlrm_example.recluster")  # under `python -m`, __name__ is "__main__"
@@ -58,7 +58,7 @@ def recluster_run(run_dir: Path, output_dir: Path, seed: int) -> None:
         before = evaluation(model, loaders, progress, world, show_progress=False)
         report = _recluster(model, optimizer, seed, config)
         files = RunFiles(str(output_dir), world.is_main)
-        on_main_rank(world, lambda: files.start_from(run_dir, config, versions(), checkpoint.metrics_bytes))
+        on_main_rank(world, lambda: files.start_from(run_dir, config, about_this_run(), checkpoint.metrics_bytes))
         _account(report, progress, model, loaders, files, world)
         checkpoints.save(model, optimizer, progress, files.metrics_bytes())
         logger.info("re-clustered %s into %s:\n%s", checkpoint.path, output_dir, report)

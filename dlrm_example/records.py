@@ -60,7 +60,7 @@ class RunFiles:
         self.folder = Path(run_dir)
         self._is_main = is_main
 
-    def start(self, config: TrainConfig, versions: dict[str, str]) -> None:
+    def start(self, config: TrainConfig, about: dict[str, Any]) -> None:
         """Empty the folder of an earlier run's files, checkpoints included, and write the config.
 
         Raises:
@@ -75,17 +75,17 @@ class RunFiles:
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
             (self.folder / METRICS).write_text("")
-            self._write_config(config, versions)
+            self._write_config(config, about)
         except OSError as error:
             raise UsageError(f"--run_dir {self.folder} cannot be written: {error}") from None
 
-    def start_from(self, run_dir: Path, config: TrainConfig, versions: dict[str, str], metrics_bytes: int) -> None:
+    def start_from(self, run_dir: Path, config: TrainConfig, about: dict[str, Any], metrics_bytes: int) -> None:
         """As :meth:`start`, with the first so many bytes of another run's metrics."""
-        self.start(config, versions)
+        self.start(config, about)
         if self._is_main:
             (self.folder / METRICS).write_bytes((run_dir / METRICS).read_bytes()[:metrics_bytes])
 
-    def go_on(self, config: TrainConfig, versions: dict[str, str], metrics_bytes: int) -> None:
+    def go_on(self, config: TrainConfig, about: dict[str, Any], metrics_bytes: int) -> None:
         """Forget the metrics that were logged after a checkpoint.
 
         Raises:
@@ -101,10 +101,15 @@ class RunFiles:
             )
         os.truncate(metrics, metrics_bytes)
         (self.folder / SUMMARY).unlink(missing_ok=True)
-        self._write_config(config, versions)
+        self._write_config(config, about)
 
-    def _write_config(self, config: TrainConfig, versions: dict[str, str]) -> None:
-        write_json(self.folder / CONFIG, {**dataclasses.asdict(config), "versions": versions})
+    def _write_config(self, config: TrainConfig, about: dict[str, Any]) -> None:
+        write_json(self.folder / CONFIG, {**dataclasses.asdict(config), **about})
+
+    def are_of(self, job: str | None) -> bool:
+        """Whether this job began the run that is in the folder."""
+        config = self.folder / CONFIG
+        return job is not None and config.exists() and read_json(config).get("elastic_job") == job
 
     def metrics_bytes(self) -> int:
         """How long the metrics are, once they are safe on disk; 0 on other ranks than the first."""
@@ -170,15 +175,16 @@ def read_config(folder: Path) -> TrainConfig:
     """The config of a run.
 
     Raises:
-        UsageError: there is no run, or one of another version of this example.
+        UsageError: there is no run.
     """
     try:
         content = read_json(folder / CONFIG)
-        content.pop("versions")
-        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
-        return TrainConfig(**values)
-    except (OSError, KeyError, TypeError) as error:
+    except OSError as error:
         raise UsageError(f"--run_dir {folder} has no {CONFIG} that can be read: {error}") from error
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    values: dict[str, Any] = {name: content[name] for name in known if name in content}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return TrainConfig(**values)
 
 
 def read_summary(folder: Path) -> Summary:

@@ -55,7 +55,7 @@ class RollCall:
         try:
             words = self._words()
         except RuntimeError as error:
-            return f"the rendezvous store does not answer either ({error}); the node that held it is dead or cut off"
+            return f"nor does the store on the node of rank 0 answer ({error}), which is dead or cut off"
         missing = [rank for rank, word in words.items() if word is None]
         failed = [f"rank {rank} ended with {word}" for rank, word in words.items() if word not in (None, WAITED)]
         if missing:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -23,7 +24,7 @@ from dlrm_example.commands import exit_code
 from dlrm_example.config import TrainConfig, divide_global_batch
 from dlrm_example.console import is_main_process, log_of_this_rank, set_up_logging
 from dlrm_example.data import DATASETS, Dataset
-from dlrm_example.distributed import World, main_rank_first, on_main_rank, process_group, restarts
+from dlrm_example.distributed import World, elastic_job, main_rank_first, on_main_rank, process_group, restarts
 from dlrm_example.model import build_model, build_optimizer, collection_of, shard_model
 from dlrm_example.progress import Progress
 from dlrm_example.records import TENSORBOARD, RunFiles, Summary, check_free
@@ -94,20 +95,20 @@ def load_dataset(config: TrainConfig, world: World) -> Dataset:
 def start_files(files: RunFiles, config: TrainConfig, world: World) -> Checkpoint | None:
     """Prepare the run's folder, for a new run or to go on from the checkpoint that is returned.
 
-    A job that TorchElastic has started again goes on, whether or not it was told `--resume`.
+    A job whose processes are started again goes on, whether or not it was told `--resume`.
 
     Raises:
         UsageError: another run is there.
     """
-    going_on = config.resume or restarts() > 0
+    going_on = config.resume or restarts() > 0 or files.are_of(elastic_job())
     checkpoint = find_checkpoint(config, world.size) if going_on else None
     if checkpoint is None:
         if going_on:
             logger.info("--resume: no complete checkpoint in %s, so the run starts afresh", config.run_dir)
         check_free(files.folder, config.overwrite)
-        files.start(config, versions())
+        files.start(config, about_this_run())
     else:
-        files.go_on(config, versions(), checkpoint.metrics_bytes)
+        files.go_on(config, about_this_run(), checkpoint.metrics_bytes)
     return checkpoint
 
 
@@ -190,8 +191,10 @@ def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, wor
     )
 
 
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("cce-torchrec", "torch", "torchrec")}
+def about_this_run() -> dict[str, Any]:
+    """What `config.json` says beside the config."""
+    versions = {name: version(name) for name in ("cce-torchrec", "torch", "torchrec")}
+    return {"versions": versions, "elastic_job": elastic_job()}
 
 
 if __name__ == "__main__":

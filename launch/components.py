@@ -47,13 +47,11 @@ def dlrm(
         env: variables of the processes, such as NCCL_SOCKET_IFNAME=eth0; no secrets, they can be read in the job
         mounts: such as type=bind,src=/data,dst=/data,readonly
         max_restarts: how often TorchElastic starts the processes again after one died; they resume by themselves
-        max_retries: how often the scheduler starts a failed job again; needs --resume among the flags
+        max_retries: how often the scheduler starts a failed job again, which then resumes
         rdzv_backend: of the rendezvous of several nodes
         rdzv_port: on the first node
         rdzv_conf: of the rendezvous, such as join_timeout=900
     """
-    if max_retries and "--resume" not in script_args:
-        raise ValueError(f"max_retries={max_retries}: a job that is started again needs --resume among its flags")
     return torchx_dist.ddp(
         *script_args,
         m="dlrm_example.train",
@@ -90,6 +88,9 @@ def sweep(
 ) -> specs.AppDef:
     """Train the DLRM example several times at once: one role, and one node, a run.
 
+    For schedulers that let the parts of a job end one by one: local_cwd, kubernetes. Slurm ends a job's parts 60 seconds
+    after the first has ended, AWS Batch when the first one in the file has; there, start a job of `dlrm` a run.
+
     Args:
         script_args: flags that all runs share, after ``--``
         runs: a file with one run a line: its name, a colon and its own flags; blank lines and lines after # are left out
@@ -104,7 +105,7 @@ def sweep(
         env: variables of the processes; no secrets, they can be read in the job
         mounts: such as type=bind,src=/data,dst=/data,readonly
         max_restarts: how often TorchElastic starts a run's processes again after one died; they resume by themselves
-        max_retries: how often the scheduler starts a failed job again; needs --resume among the flags
+        max_retries: how often the scheduler starts a failed job again, which then resumes
     """
     if torchx_dist.parse_nnodes(j)[:2] != (1, 1):
         raise ValueError(f"j={j}: a run of a sweep has one node; try j=1x{j.rpartition('x')[2]}")
@@ -190,8 +191,9 @@ def _environment(env: dict[str, str] | None, max_restarts: int, rdzv_conf: str) 
             f"env has {', '.join(secrets)}: whoever can list jobs can read it. Let the scheduler provide secrets on the "
             "nodes: a mounted Kubernetes secret, an instance's role, a file that only the user can read."
         )
-    torchrun = {"PET_MAX_RESTARTS": str(max_restarts)} | ({"PET_RDZV_CONF": rdzv_conf} if rdzv_conf else {})
-    return torchrun | (env or {})
+    # Each agent counts restarts for itself, so processes cannot tell old words in a store from new: a new store each time.
+    torchrun = {"PET_MAX_RESTARTS": str(max_restarts), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return torchrun | ({"PET_RDZV_CONF": rdzv_conf} if rdzv_conf else {}) | (env or {})
 
 
 def _read_runs(file: str) -> dict[str, list[str]]:
