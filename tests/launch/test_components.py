@@ -31,8 +31,17 @@ def role(component: str, *options: str, flags: list[str]) -> Any:
 
 
 def test_dlrm() -> None:
-    options = "-j 2x4 --name nightly --image i:1 --cpu 8 --gpu 4 --memMB 1000 --max_retries 2 --max_restarts 5 --rdzv_port 29999"
-    more = ["--rdzv_conf", "join_timeout=900", "--env", "A=1,B=2", "--mounts", "type=bind,src=/data,dst=/data,readonly"]
+    options = "-j 2x4 --name nightly --image i:1 --cpu 8 --gpu 4 --memMB 1000 --max_retries 2 --max_restarts 5"
+    more = [
+        "--rdzv_port",
+        "29999",
+        "--rdzv_conf",
+        "join_timeout=900",
+        "--env",
+        "A=1,B=2",
+        "--mounts",
+        "type=bind,src=/data,dst=/data,readonly",
+    ]
     made = role("dlrm", *options.split(), *more, flags=["--run_dir", "/shared/a run"])
     assert made.args[0] == "-c"
     assert made.args[1].endswith("-m dlrm_example.train --run_dir '/shared/a run'")
