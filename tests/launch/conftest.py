@@ -9,6 +9,7 @@ from tests.example.archives import data_folder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import torchmetrics  # noqa: F401
     import torchx.runner
     import torchx.schedulers.aws_batch_scheduler
     import torchx.schedulers.kubernetes_scheduler  # noqa: F401
