@@ -187,7 +187,9 @@ def test_two_nodes_with_addresses_of_their_own(
     agents, logs = [], []
     for name, address in two_hosts:
         elastic = ["--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint]
-        command = ["ip", "netns", "exec", name, "torchrun", *elastic, "--rdzv_id", "wire", "--local_addr", address]
+        elastic += ["--rdzv_id", "wire", "--local_addr", address]
+        elastic += ["--rdzv_conf", f"is_host={int(not agents)}"]  # the name of this machine leads to neither address
+        command = ["ip", "netns", "exec", name, "torchrun", *elastic]
         logs.append(folder / f"{name}.txt")
         with open(logs[-1], "w") as output:
             variables = environment(folder, GLOO_SOCKET_IFNAME="wire")
