@@ -1,12 +1,15 @@
 """Checkpoints of a run, in `run_dir/checkpoints/step_N`, and which of them to go on from.
 
-A folder holds what `cce_torchrec.checkpoint` writes and `trainer.json`: how far the training was, and of what config. That
-file is written last, and atomically, so a checkpoint counts only if it has one. Nothing else needs to be kept: the order
-of the data is a function of the seed and the epoch, a re-clustering of the seed and the step, and checkpoints are taken
-between epochs, when no batch is in flight.
+A folder holds what `cce_torchrec.checkpoint` writes, every rank's random state, and `trainer.json`: how far the training
+was, and of what config. That file is written last. The folder has a hidden name, `.step_N`, until all ranks have written
+all of it; then rank 0 renames it. What is called `step_N` is complete.
+
+Where to go on in the data is a function of the step: the order of an epoch's batches follows from the seed and its number.
+So does a re-clustering. Batches that the pipeline has in flight when a checkpoint is taken are read again.
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,14 +23,26 @@ from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from dlrm_example.config import TrainConfig, UsageError
 from dlrm_example.distributed import World, on_main_rank
 from dlrm_example.progress import Progress
+from dlrm_example.random_state import load_random_state, save_random_state
 from dlrm_example.records import CHECKPOINTS, TRAINER, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 KEEP_LAST = 2
+ROWS_A_STEP = "rows a step (batch_size x ranks)"  # among the settings
 MAY_DIFFER = (  # in the run that goes on; `batch_size` is compared as rows a step over all ranks
-    *("run_dir", "data_path", "test_batch_size", "batch_size", "num_threads", "checkpoint_every_epochs", "resume"),
-    *("overwrite", "print_sharding_plan", "print_progress", "collective_timeout"),
+    *(
+        "run_dir",
+        "data_path",
+        "test_batch_size",
+        "batch_size",
+        "global_batch_size",
+        "num_threads",
+        "resume",
+        "overwrite",
+    ),
+    *("checkpoint_every_epochs", "checkpoint_every_steps", "log_every_steps", "tensorboard", "print_sharding_plan"),
+    *("print_progress", "collective_timeout"),
 )
 
 
@@ -46,8 +61,11 @@ class Checkpoint:
 
     @property
     def val_bce(self) -> float:
-        """At the time of the checkpoint."""
-        return float(self.progress["evaluations"][-1]["val"]["bce"])
+        """Of these very weights; infinite where they were not evaluated."""
+        evaluations = self.progress["evaluations"]
+        if not evaluations or evaluations[-1]["step"] != self.step:
+            return math.inf
+        return float(evaluations[-1]["val"]["bce"])
 
 
 class Checkpoints:
@@ -57,25 +75,32 @@ class Checkpoints:
         self._folder = Path(config.run_dir) / CHECKPOINTS
         self._config, self._world = config, world
 
-    def is_due(self, epoch: int) -> bool:
-        """After every so many epochs, and after the last."""
-        every = self._config.checkpoint_every_epochs
-        return every > 0 and (epoch % every == 0 or epoch == self._config.epochs)
+    def is_due(self, step: int, steps_per_epoch: int) -> bool:
+        """After every so many steps; after every so many epochs, and after the last."""
+        every_epochs, every_steps = self._config.checkpoint_every_epochs, self._config.checkpoint_every_steps
+        if every_steps is not None and step % every_steps == 0:
+            return True
+        epoch, within = divmod(step, steps_per_epoch)
+        return every_epochs > 0 and not within and (epoch % every_epochs == 0 or epoch == self._config.epochs)
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress, metrics_bytes: int) -> None:
         """Add a checkpoint; then remove all but the last two and the best."""
         path = self._folder / f"step_{progress.step}"
-        on_main_rank(self._world, lambda: _remove(path))
-        save_checkpoint(path, model, optimizer)
+        hidden = path.with_name(f".{path.name}")
+        on_main_rank(self._world, lambda: _make_empty(hidden))
+        save_random_state(hidden, self._world)
+        save_checkpoint(hidden, model, optimizer)  # returns when all ranks have written
         content = {
             "settings": settings_that_matter(self._config, self._world.size),
             "progress": progress.to_json(),
             "metrics_bytes": metrics_bytes,
         }
-        on_main_rank(self._world, lambda: self._complete(path, content))
+        on_main_rank(self._world, lambda: self._show(hidden, path, content))
 
-    def _complete(self, path: Path, content: dict[str, Any]) -> None:
-        write_json(path / TRAINER, content)
+    def _show(self, hidden: Path, path: Path, content: dict[str, Any]) -> None:
+        write_json(hidden / TRAINER, content)
+        _remove(path)
+        hidden.rename(path)
         remove_all_but_the_last_and_best(self._folder)
 
     def load(self, checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> Progress:
@@ -88,6 +113,7 @@ class Checkpoints:
             load_checkpoint(checkpoint.path, model, optimizer)
         except ValueError as error:
             raise UsageError(f"--resume: {checkpoint.path}: {error}") from error
+        load_random_state(checkpoint.path, self._world)
         progress = Progress.from_json(dict(checkpoint.progress))
         logger.info("resumed from %s (epoch %d of %d)", checkpoint.path, progress.epoch, self._config.epochs)
         return progress
@@ -115,10 +141,11 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 
 
 def remove_all_but_the_last_and_best(folder: Path) -> None:
-    """Incomplete ones too; the best is the one with the lowest validation BCE."""
+    """Incomplete ones too; the best is, of those that were evaluated, the one with the lowest validation BCE."""
     found = complete_checkpoints(folder)
-    kept = {checkpoint.path for checkpoint in [*found[-KEEP_LAST:], min(found, key=lambda each: each.val_bce)]}
-    for path in folder.glob("step_*"):
+    best = min(found, key=lambda each: each.val_bce)
+    kept = {each.path for each in found[-KEEP_LAST:]} | ({best.path} if math.isfinite(best.val_bce) else set())
+    for path in [*folder.glob("step_*"), *folder.glob(".step_*")]:
         if path not in kept:
             _remove(path)
 
@@ -126,7 +153,7 @@ def remove_all_but_the_last_and_best(folder: Path) -> None:
 def settings_that_matter(config: TrainConfig, world_size: int) -> dict[str, Any]:
     """Whatever decides what a training does, in terms that do not depend on the number of ranks; as JSON has it."""
     settings = {name: value for name, value in asdict(config).items() if name not in MAY_DIFFER}
-    settings["rows a step (batch_size x ranks)"] = config.batch_size * world_size
+    settings[ROWS_A_STEP] = config.batch_size * world_size
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
@@ -135,6 +162,11 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     return [
         f"{name} was {saved.get(name)} and is {here.get(name)}" for name in names if saved.get(name) != here.get(name)
     ]
+
+
+def _make_empty(path: Path) -> None:
+    _remove(path)
+    path.mkdir(parents=True)
 
 
 def _remove(path: Path) -> None:

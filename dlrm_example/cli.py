@@ -42,14 +42,18 @@ def _layer_sizes(text: str) -> tuple[int, ...]:
 class _Group:
     """A heading of the help. The default of a flag is that of the field of the same name."""
 
-    def __init__(self, parser: argparse.ArgumentParser, title: str) -> None:
-        self._group = parser.add_argument_group(title)
+    def __init__(self, group: argparse._ArgumentGroup) -> None:
+        self._group = group
 
     def add(self, name: str, help_text: str, **settings: Any) -> None:
         default = settings.pop("default", getattr(DEFAULTS, name))
         if default not in (None, "", False):
             help_text += f" (default: {_shown(default)})"
         self._group.add_argument(f"--{name}", help=help_text, default=default, **settings)
+
+    def one_of(self) -> "_Group":
+        """Flags that exclude each other."""
+        return _Group(self._group.add_mutually_exclusive_group())
 
 
 def _shown(default: object) -> str:
@@ -62,11 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Train TorchRec's DLRM with compressed embedding tables.",
         allow_abbrev=False,
     )
-    _add_data_flags(_Group(parser, "data"))
-    _add_compression_flags(_Group(parser, "compression"))
-    _add_model_flags(_Group(parser, "model"))
-    _add_training_flags(_Group(parser, "training"))
-    _add_output_flags(_Group(parser, "output"))
+    _add_data_flags(_Group(parser.add_argument_group("data")))
+    _add_compression_flags(_Group(parser.add_argument_group("compression")))
+    _add_model_flags(_Group(parser.add_argument_group("model")))
+    _add_training_flags(_Group(parser.add_argument_group("training")))
+    _add_output_flags(_Group(parser.add_argument_group("output")))
     return parser
 
 
@@ -108,7 +112,9 @@ def _add_training_flags(group: _Group) -> None:
     adagrad_help = "dense layers by Adagrad instead of SGD; embeddings always have row-wise Adagrad"
     group.add("adagrad", adagrad_help, action="store_true")
     group.add("epochs", "passes over the training rows", type=int)
-    group.add("batch_size", "rows a step and rank", type=int)
+    batch = group.one_of()
+    batch.add("batch_size", "rows a step and rank", type=int)
+    batch.add("global_batch_size", "rows a step over all ranks: stays right when their number changes", type=int)
     group.add("test_batch_size", "rows a batch and rank when evaluating", type=int)
     for split in ("train", "val", "test"):
         group.add(f"limit_{split}_batches", f"use at most this many {split} batches (an epoch)", type=int)
@@ -126,9 +132,14 @@ def _add_output_flags(group: _Group) -> None:
         "save a checkpoint every N epochs and after the last, and keep the last two and the best; 0 for none"
     )
     group.add("checkpoint_every_epochs", checkpoint_help, type=int)
+    steps_help = "save a checkpoint every N steps too, also within an epoch"
+    group.add("checkpoint_every_steps", steps_help, type=int)
     resume_help = (
         "continue from the last complete checkpoint in run_dir, on any number of ranks with the same rows a step"
     )
     group.add("resume", f"{resume_help}; where there is none, start afresh", action="store_true")
+    group.add("log_every_steps", "one line of speed and scores every N steps", type=int)
+    board_help = "write scores for TensorBoard into run_dir/tensorboard; needs the package tensorboard"
+    group.add("tensorboard", board_help, action="store_true")
     group.add("print_sharding_plan", "print the planner's choice", action="store_true")
     group.add("print_progress", "progress bars on a terminal", action=argparse.BooleanOptionalAction)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from cce_torchrec import METHODS
@@ -49,6 +49,7 @@ class TrainConfig:
     adagrad: bool = False
     epochs: int = 10
     batch_size: int = 1024
+    global_batch_size: int | None = None
     test_batch_size: int = 4096
     limit_train_batches: int | None = None
     limit_val_batches: int | None = None
@@ -57,9 +58,12 @@ class TrainConfig:
     seed: int = 1
 
     checkpoint_every_epochs: int = 1
+    checkpoint_every_steps: int | None = None
     resume: bool = False
     collective_timeout: float = 600.0
     num_threads: int = 1
+    log_every_steps: int = 100
+    tensorboard: bool = False
     print_sharding_plan: bool = False
     print_progress: bool = True
     overwrite: bool = False
@@ -80,6 +84,21 @@ class TrainConfig:
 def default_compression(method: str) -> float:
     """What `--compression` is where it is not given."""
     return 1.0 if method == "full" else 8.0
+
+
+def divide_global_batch(config: TrainConfig, world_size: int) -> TrainConfig:
+    """The config with the `batch_size` that `global_batch_size` comes to on so many ranks.
+
+    Raises:
+        UsageError: it cannot be divided evenly.
+    """
+    rows = config.global_batch_size
+    if rows is None:
+        return config
+    if rows % world_size:
+        nearest = max(round(rows / world_size), 1) * world_size
+        raise UsageError(f"--global_batch_size {rows} cannot be divided by {world_size} ranks; {nearest} can")
+    return replace(config, batch_size=rows // world_size)
 
 
 def parse_method_options(method: str, pairs: Sequence[str]) -> dict[str, OptionValue]:
@@ -130,7 +149,8 @@ def _listed(names: Mapping[str, object] | tuple[str, ...]) -> str:
 _POSITIVE = (
     *("embedding_dim", "dcn_num_layers", "dcn_low_rank_dim", "min_compressed_rows", "learning_rate", "eps", "epochs"),
     *("batch_size", "test_batch_size", "num_threads", "validation_freq_within_epoch", "collective_timeout"),
-    *("limit_train_batches", "limit_val_batches", "limit_test_batches"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_steps"),
+    *("global_batch_size", "checkpoint_every_steps"),
 )
 
 

@@ -2,14 +2,18 @@
 
 import logging
 import os
+import socket
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
+LOGS = "logs"
 OUR_LOGGERS = ("dlrm_example", "cce_torchrec")
 STACK_WARNINGS = (  # what torchrec, fbgemm and torchmetrics say about their own use of torch
     "HeuristicalStorageReservation is known to cause issues",
@@ -32,11 +36,37 @@ def set_up_logging() -> None:
     logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", force=True)
     for handler in logging.getLogger().handlers:
         handler.addFilter(_is_for_the_user)
+        handler.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     for name in OUR_LOGGERS:
-        logging.getLogger(name).setLevel(logging.INFO if is_main_process() else logging.ERROR)
+        logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("torch.fx").setLevel(logging.ERROR)
     for message in STACK_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def log_of_this_rank(run_dir: str, rank: int, world_size: int) -> Iterator[None]:
+    """Where there are several ranks, each logs to a file of its own too: `run_dir/logs/rank_N.log`."""
+    if world_size == 1:
+        yield
+        return
+    folder = Path(run_dir) / LOGS
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank_{rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.addFilter(_is_for_the_user)
+    only_here = logging.Logger("dlrm_example.rank", logging.INFO)  # not on the console
+    for each in (only_here, logging.getLogger()):
+        each.addHandler(handler)
+    try:
+        only_here.info("rank %d of %d is process %d on %s", rank, world_size, os.getpid(), socket.gethostname())
+        yield
+    except Exception:
+        only_here.exception("rank %d ends with an error", rank)
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
 
 
 def _is_for_the_user(record: logging.LogRecord) -> bool:

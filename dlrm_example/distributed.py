@@ -10,8 +10,12 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dlrm_example.roll_call import RollCall
+
 T = TypeVar("T")
 TIMEOUT = 600.0  # seconds
+UNNAMED_JOB = "none"  # torchrun's, where nobody gives it a --rdzv_id
+PATIENCE = 10.0  # seconds to wait for a sign of the other ranks, once a collective has failed
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,20 @@ def process_group(timeout: float = TIMEOUT) -> Iterator[World]:
 
     Args:
         timeout: seconds after which a collective that some rank does not join gives up.
+
+    Raises:
+        RanksLostError: a collective failed; the message names the ranks that are missing.
     """
     device = _device()
-    mine = not dist.is_initialized()
-    if mine:
-        _init("nccl" if device.type == "cuda" else "gloo", device, timedelta(seconds=timeout))
-    try:
+    if dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size(), device)
+        return
+    roll_call = _init("nccl" if device.type == "cuda" else "gloo", device, timedelta(seconds=timeout))
+    try:
+        with roll_call.after_failures():
+            yield World(dist.get_rank(), dist.get_world_size(), device)
     finally:
-        if mine:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 @contextmanager
@@ -75,13 +83,24 @@ def on_main_rank(world: World, action: Callable[[], T]) -> T:
     return result
 
 
-def mean_over_ranks(value: torch.Tensor, world: World) -> float:
-    """The mean of every rank's number, on all ranks."""
+def mean_over_ranks(values: torch.Tensor, world: World) -> list[float]:
+    """The mean of each of every rank's numbers, on all ranks."""
     if world.size == 1:
-        return value.item()
-    total = value.detach().clone()
-    dist.all_reduce(total)
-    return total.item() / world.size
+        return values.tolist()
+    totals = values.detach().clone()
+    dist.all_reduce(totals)
+    return [total / world.size for total in totals.tolist()]
+
+
+def restarts() -> int:
+    """How often TorchElastic has started this node's processes again after a failure of theirs."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def elastic_job() -> str | None:
+    """TorchElastic's name of the job, which outlives restarts, changes of its nodes and a scheduler's retries."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", UNNAMED_JOB)
+    return None if name == UNNAMED_JOB else name
 
 
 def _device() -> torch.device:
@@ -92,10 +111,20 @@ def _device() -> torch.device:
     return device
 
 
-def _init(backend: str, device: torch.device, timeout: timedelta) -> None:
-    device_id = device if device.type == "cuda" else None
+def _init(backend: str, device: torch.device, timeout: timedelta) -> RollCall:
+    store: dist.Store = dist.HashStore()
+    rank, size = 0, 1
     if "RANK" in os.environ:  # started by torchrun, which says where the others are
-        dist.init_process_group(backend, device_id=device_id, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, device_id=device_id, timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The agent keeps its store when it starts us again, and in it the addresses of the processes before us.
+            store = dist.PrefixStore(f"start_{restarts()}", store)
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("process_group", store),
+        rank=rank,
+        world_size=size,
+        device_id=device if device.type == "cuda" else None,
+        timeout=timeout,
+    )
+    return RollCall(dist.PrefixStore("roll_call", store), rank, size, patience=min(PATIENCE, timeout.total_seconds()))

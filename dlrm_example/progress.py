@@ -15,13 +15,17 @@ class Evaluation:
     val: Scores
     test: Scores | None
 
+    def by_split(self) -> dict[str, Scores]:
+        return {"val": self.val} | ({"test": self.test} if self.test else {})
+
 
 @dataclass(kw_only=True)
 class Progress:
-    """What has happened so far."""
+    """What has happened so far; `epoch` is the one of the last step, and `samples` counts rows of all ranks."""
 
     step: int = 0
     epoch: int = 0
+    samples: int = 0
     train_seconds: float = 0.0
     recluster_seconds: float = 0.0
     reclusterings: int = 0

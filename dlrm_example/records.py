@@ -1,6 +1,6 @@
 """The files of a run: `config.json`, `metrics.jsonl` and, once it is finished, `summary.json`.
 
-Its checkpoints lie beside them (`checkpoints.py`).
+Its checkpoints lie beside them (`checkpoints.py`), as do `tensorboard/` and, where there are several ranks, `logs/`.
 """
 
 import dataclasses
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from dlrm_example.config import TrainConfig, UsageError
+from dlrm_example.progress import Evaluation
 
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 TRAINER = "trainer.json"  # in each checkpoint's folder
 
 
@@ -27,7 +29,8 @@ class Summary:
     """What a finished run comes to.
 
     `best_val_bce` and `best_val_auroc` are each the best of all evaluations; `test_bce` and `test_auroc` were measured
-    at the evaluation with the best validation BCE. `train_seconds` leaves out evaluations and re-clusterings.
+    at the evaluation with the best validation BCE. `train_seconds` leaves out evaluations and re-clusterings. `samples`
+    are rows seen by all ranks; 0 in summaries from before they were counted.
     """
 
     method: str
@@ -47,6 +50,7 @@ class Summary:
     reclusterings: int
     world_size: int
     seed: int
+    samples: int = 0
 
 
 class RunFiles:
@@ -56,7 +60,7 @@ class RunFiles:
         self.folder = Path(run_dir)
         self._is_main = is_main
 
-    def start(self, config: TrainConfig, versions: dict[str, str]) -> None:
+    def start(self, config: TrainConfig, about: dict[str, Any]) -> None:
         """Empty the folder of an earlier run's files, checkpoints included, and write the config.
 
         Raises:
@@ -67,14 +71,21 @@ class RunFiles:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / SUMMARY).unlink(missing_ok=True)
-            if (self.folder / CHECKPOINTS).exists():
-                shutil.rmtree(self.folder / CHECKPOINTS)
+            for name in (CHECKPOINTS, TENSORBOARD):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
             (self.folder / METRICS).write_text("")
-            self._write_config(config, versions)
+            self._write_config(config, about)
         except OSError as error:
             raise UsageError(f"--run_dir {self.folder} cannot be written: {error}") from None
 
-    def go_on(self, config: TrainConfig, versions: dict[str, str], metrics_bytes: int) -> None:
+    def start_from(self, run_dir: Path, config: TrainConfig, about: dict[str, Any], metrics_bytes: int) -> None:
+        """As :meth:`start`, with the first so many bytes of another run's metrics."""
+        self.start(config, about)
+        if self._is_main:
+            (self.folder / METRICS).write_bytes((run_dir / METRICS).read_bytes()[:metrics_bytes])
+
+    def go_on(self, config: TrainConfig, about: dict[str, Any], metrics_bytes: int) -> None:
         """Forget the metrics that were logged after a checkpoint.
 
         Raises:
@@ -90,10 +101,15 @@ class RunFiles:
             )
         os.truncate(metrics, metrics_bytes)
         (self.folder / SUMMARY).unlink(missing_ok=True)
-        self._write_config(config, versions)
+        self._write_config(config, about)
 
-    def _write_config(self, config: TrainConfig, versions: dict[str, str]) -> None:
-        write_json(self.folder / CONFIG, {**dataclasses.asdict(config), "versions": versions})
+    def _write_config(self, config: TrainConfig, about: dict[str, Any]) -> None:
+        write_json(self.folder / CONFIG, {**dataclasses.asdict(config), **about})
+
+    def are_of(self, job: str | None) -> bool:
+        """Whether this job began the run that is in the folder."""
+        config = self.folder / CONFIG
+        return job is not None and config.exists() and read_json(config).get("elastic_job") == job
 
     def metrics_bytes(self) -> int:
         """How long the metrics are, once they are safe on disk; 0 on other ranks than the first."""
@@ -108,6 +124,14 @@ class RunFiles:
         if self._is_main:
             with open(self.folder / METRICS, "a") as file:
                 file.write(json.dumps(row) + "\n")
+
+    def log_evaluation(self, evaluation: Evaluation, train_bce: float | None = None) -> None:
+        """One line a split."""
+        where = {"step": evaluation.step, "epoch": evaluation.epoch}
+        if train_bce is not None:
+            self.log(event="eval", split="train", **where, bce=train_bce, auroc=None)
+        for split, scores in evaluation.by_split().items():
+            self.log(event="eval", split=split, **where, bce=scores.bce, auroc=scores.auroc)
 
     def finish(self, summary: Summary) -> None:
         if self._is_main:
@@ -145,6 +169,22 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text())
     return content
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The config of a run.
+
+    Raises:
+        UsageError: there is no run.
+    """
+    try:
+        content = read_json(folder / CONFIG)
+    except OSError as error:
+        raise UsageError(f"--run_dir {folder} has no {CONFIG} that can be read: {error}") from error
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    values: dict[str, Any] = {name: content[name] for name in known if name in content}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return TrainConfig(**values)
 
 
 def read_summary(folder: Path) -> Summary:

@@ -7,6 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -14,18 +16,20 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, ReclusterSchedule
 from cce_torchrec.memory import MemoryReport
+from dlrm_example.board import Board, check_tensorboard
 from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from dlrm_example.cli import parse_config
 from dlrm_example.commands import exit_code
-from dlrm_example.config import TrainConfig
-from dlrm_example.console import is_main_process, set_up_logging
+from dlrm_example.config import TrainConfig, divide_global_batch
+from dlrm_example.console import is_main_process, log_of_this_rank, set_up_logging
 from dlrm_example.data import DATASETS, Dataset
-from dlrm_example.distributed import World, main_rank_first, on_main_rank, process_group
+from dlrm_example.distributed import World, elastic_job, main_rank_first, on_main_rank, process_group, restarts
 from dlrm_example.model import build_model, build_optimizer, collection_of, shard_model
 from dlrm_example.progress import Progress
-from dlrm_example.records import RunFiles, Summary, check_free
+from dlrm_example.records import TENSORBOARD, RunFiles, Summary, check_free
 from dlrm_example.report import summary_table
+from dlrm_example.stop import stop_on_sigterm
 from dlrm_example.trainer import Loaders, Trainer
 
 logger = logging.getLogger("dlrm_example.train")  # under `python -m`, __name__ is "__main__", which is not shown
@@ -45,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: TrainConfig) -> Summary:
     """One run from data to summary; what it prints and writes, rank 0 prints and writes."""
-    with process_group(config.collective_timeout) as world:
+    with (
+        process_group(config.collective_timeout) as world,
+        log_of_this_rank(config.run_dir, world.rank, world.size),
+        stop_on_sigterm() as stop,
+    ):
+        config = divide_global_batch(config, world.size)
         set_up_process(config)
         dataset = load_dataset(config, world)
         tables = plan_tables(dataset.info, config)
@@ -61,7 +70,9 @@ def train(config: TrainConfig) -> Summary:
 
         logger.info("embedding tables:\n%s", memory)
         progress = start_progress(checkpoint, sharded_model, optimizer, config, world)
-        Trainer(sharded_model, optimizer, loaders, schedule, files, config, world).fit(progress)
+        board = make_board(config, progress, world)
+        Trainer(sharded_model, optimizer, loaders, schedule, files, board, config, world).fit(progress, stop)
+        board.close()
         summary = summarise(progress, memory, config, world)
         files.finish(summary)
         return summary
@@ -69,6 +80,8 @@ def train(config: TrainConfig) -> Summary:
 
 def set_up_process(config: TrainConfig) -> None:
     """Threads, and the random state that every rank starts from."""
+    if config.tensorboard:
+        check_tensorboard()
     torch.set_num_threads(config.num_threads)
     torch.manual_seed(config.seed)
 
@@ -82,17 +95,20 @@ def load_dataset(config: TrainConfig, world: World) -> Dataset:
 def start_files(files: RunFiles, config: TrainConfig, world: World) -> Checkpoint | None:
     """Prepare the run's folder, for a new run or to go on from the checkpoint that is returned.
 
+    A job whose processes are started again goes on, whether or not it was told `--resume`.
+
     Raises:
         UsageError: another run is there.
     """
-    checkpoint = find_checkpoint(config, world.size) if config.resume else None
+    going_on = config.resume or restarts() > 0 or files.are_of(elastic_job())
+    checkpoint = find_checkpoint(config, world.size) if going_on else None
     if checkpoint is None:
-        if config.resume:
+        if going_on:
             logger.info("--resume: no complete checkpoint in %s, so the run starts afresh", config.run_dir)
         check_free(files.folder, config.overwrite)
-        files.start(config, versions())
+        files.start(config, about_this_run())
     else:
-        files.go_on(config, versions(), checkpoint.metrics_bytes)
+        files.go_on(config, about_this_run(), checkpoint.metrics_bytes)
     return checkpoint
 
 
@@ -105,6 +121,12 @@ def start_progress(
 ) -> Progress:
     """Where training starts: at the beginning, or at the checkpoint, which is loaded."""
     return Checkpoints(config, world).load(checkpoint, model, optimizer) if checkpoint else Progress()
+
+
+def make_board(config: TrainConfig, progress: Progress, world: World) -> Board:
+    """TensorBoard's files, on rank 0 and where they are asked for."""
+    wanted = config.tensorboard and world.is_main
+    return Board(Path(config.run_dir) / TENSORBOARD if wanted else None, first_step=progress.step + 1)
 
 
 def make_loaders(dataset: Dataset, config: TrainConfig, world: World) -> Loaders:
@@ -160,6 +182,7 @@ def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, wor
         test_bce=best.test.bce,
         test_auroc=best.test.auroc,
         steps=progress.step,
+        samples=progress.samples,
         train_seconds=progress.train_seconds,
         recluster_seconds=progress.recluster_seconds,
         reclusterings=progress.reclusterings,
@@ -168,8 +191,10 @@ def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, wor
     )
 
 
-def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("cce-torchrec", "torch", "torchrec")}
+def about_this_run() -> dict[str, Any]:
+    """What `config.json` says beside the config."""
+    versions = {name: version(name) for name in ("cce-torchrec", "torch", "torchrec")}
+    return {"versions": versions, "elastic_job": elastic_job()}
 
 
 if __name__ == "__main__":

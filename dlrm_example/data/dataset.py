@@ -39,8 +39,8 @@ class BatchLoader(Protocol):
 
     def __len__(self) -> int: ...
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`: the same ones whenever it is asked for the same epoch."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of epoch `number` from batch `start` on: the same ones whenever it is asked for the same epoch."""
         ...
 
 

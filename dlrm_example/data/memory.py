@@ -68,9 +68,9 @@ class InMemoryLoader:
         whole = self._num_batches()
         return whole if self.limit_batches is None else min(whole, self.limit_batches)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         global_batches = torch.tensor_split(self._order(number), self._num_batches())
-        for rows in global_batches[: len(self)]:
+        for rows in global_batches[start : len(self)]:
             yield self._share(rows)
 
     def _share(self, rows: torch.Tensor) -> Batch:

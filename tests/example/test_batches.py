@@ -86,3 +86,11 @@ def test_shuffling_is_a_function_of_seed_and_epoch() -> None:
 def test_limit_batches() -> None:
     loader = numbered(50).loader("train", batch_size=8, limit_batches=2)
     assert len(loader) == len(list(loader.epoch(0))) == 2
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_an_epoch_may_be_joined_in_the_middle(limit: int | None) -> None:
+    loader = numbered(101).loader("train", batch_size=8, shuffle_seed=3, limit_batches=limit)
+    whole = [batch.sparse_features.values().tolist() for batch in loader.epoch(2)]
+    for start in (0, 1, 4, len(loader)):
+        assert [batch.sparse_features.values().tolist() for batch in loader.epoch(2, start=start)] == whole[start:]

@@ -71,13 +71,17 @@ def steps_of(config: TrainConfig) -> list[int]:
         ((STEPS, STEPS + 1), {"method": "cce", "compression": 4.0, "recluster_optimizer_state": "carry"}),
         ((STEPS + 5,), {"method": "full"}),
         ((3,), {"method": "hashing_trick", "compression": 4.0, "adagrad": True}),
+        (
+            (STEPS + 5, 4),
+            {"method": "cce", "compression": 4.0, "recluster_count": 5, "checkpoint_every_steps": 4, "adagrad": True},
+        ),
     ],
 )
 def test_a_resumed_run_is_the_undisturbed_one(
     stops: tuple[int, ...], settings: dict[str, Any], small_config: Configs, interrupt: Interrupt
 ) -> None:
     """Bit by bit: scores, losses, re-clusterings; also where it is stopped again, or before the first checkpoint."""
-    settings |= {"epochs": 4, "validation_freq_within_epoch": 2}
+    settings = {"epochs": 4, "validation_freq_within_epoch": 2, **settings}
     undisturbed = small_config("undisturbed", **settings)
     expected = outcome(undisturbed, train(undisturbed))
     for number, steps in enumerate(stops):
@@ -88,8 +92,12 @@ def test_a_resumed_run_is_the_undisturbed_one(
     config = small_config("disturbed", **settings, checkpoint_every_epochs=1, resume=True)
     summary = train(config)
     assert outcome(config, summary) == expected
-    best = -(-summary.best_step // STEPS) * STEPS
-    assert {3 * STEPS, 4 * STEPS} <= set(steps_of(config)) <= {3 * STEPS, 4 * STEPS, *range(STEPS, best + 1, STEPS)}
+    every = settings.get("checkpoint_every_steps")
+    saved = [step for step in range(1, 4 * STEPS + 1) if step % STEPS == 0 or (every and step % every == 0)]
+    evaluations = [row for row in read_metrics(Path(config.run_dir)) if row.get("split") == "val"]
+    best = min((row for row in evaluations if row["step"] in saved), key=lambda row: row["bce"])["step"]
+    assert set(steps_of(config)) == {*saved[-2:], best}
+    assert summary.samples == 4 * STEPS * 64
     assert without_times(vars(train(config))) == without_times(vars(summary)), "a finished run has no steps left"
 
 
@@ -100,14 +108,15 @@ def test_a_failing_save_leaves_the_checkpoint_before_it(small_config: Configs, m
 
     def fail_after_writing(path: Path, *args: Any) -> None:
         save_checkpoint(path, *args)
-        if path.name == f"step_{2 * STEPS}":
+        if path.name == f".step_{2 * STEPS}":
             raise Interrupted
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save_checkpoint", fail_after_writing)
         with pytest.raises(Interrupted):
             train(config)
-    assert (Path(config.run_dir) / "checkpoints" / f"step_{2 * STEPS}" / ".metadata").exists()
+    assert (Path(config.run_dir) / "checkpoints" / f".step_{2 * STEPS}" / ".metadata").exists()
+    assert not (Path(config.run_dir) / "checkpoints" / f"step_{2 * STEPS}").exists(), "what is visible is complete"
     assert steps_of(config) == [STEPS]
     resumed = train(small_config(epochs=3, checkpoint_every_epochs=1, resume=True))
     assert without_times(vars(resumed)) == without_times(vars(whole))
@@ -122,7 +131,10 @@ def test_every_so_many_epochs_and_after_the_last(small_config: Configs) -> None:
 
 def made_up(folder: Path, val_bce: list[float]) -> None:
     for step, bce in enumerate(val_bce, 1):
-        progress = {"step": step, "evaluations": [{"val": {"bce": 0.0}}, {"val": {"bce": bce}}]}
+        progress = {
+            "step": step,
+            "evaluations": [{"step": 0, "val": {"bce": 0.0}}, {"step": step, "val": {"bce": bce}}],
+        }
         path = folder / f"step_{step}"
         path.mkdir(parents=True)
         (path / "data").write_text("")
@@ -132,6 +144,17 @@ def made_up(folder: Path, val_bce: list[float]) -> None:
 def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     made_up(tmp_path, [0.5, 0.4, 0.45, 0.7, 0.6])
     (tmp_path / "step_1" / "trainer.json").unlink()
+    (tmp_path / ".step_6").mkdir()
+    remove_all_but_the_last_and_best(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_4", "step_5"]
+
+
+def test_weights_that_were_not_evaluated_are_not_the_best(tmp_path: Path) -> None:
+    made_up(tmp_path, [0.5, 0.4, 0.3, 0.7, 0.6])
+    trainer = tmp_path / "step_3" / "trainer.json"
+    content = json.loads(trainer.read_text())
+    content["progress"]["evaluations"][-1]["step"] = 2
+    write_json(trainer, content)
     remove_all_but_the_last_and_best(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_4", "step_5"]
 

@@ -143,43 +143,56 @@ def test_what_fails_on_one_rank_fails_on_both(small_config: Callable[..., TrainC
 
 
 JOIN_AND = """
-import sys, time, torch.distributed as dist
+import os, sys, time, torch.distributed as dist
 from dlrm_example.distributed import process_group
 with process_group(timeout=float(sys.argv[1])) as world:
     dist.barrier()
-    if world.rank == 1:
+    if world.rank == world.size - 1:
         exec(sys.argv[2])
     dist.barrier()
 """
 
 
 @pytest.mark.parametrize(
-    ("timeout", "rank_1"), [("60", "raise ValueError('rank 1 fails')"), ("2", "time.sleep(6)")], ids=["raises", "hangs"]
+    ("size", "timeout", "last_rank", "message"),
+    [
+        (2, "60", "raise ValueError('fails')", "rank 1 ended with ValueError: fails"),
+        (3, "4", "time.sleep(14)", "no sign of rank 2 of 3 within 4 s: hung, dead or cut off"),
+        (2, "60", "os.kill(os.getpid(), 9)", "no sign of rank 1 of 2 within 10 s: hung, dead or cut off"),
+    ],
+    ids=["raises", "hangs", "dies"],
 )
-def test_no_rank_waits_for_one_that_fails_or_hangs(timeout: str, rank_1: str) -> None:
-    """Rank 0 is in a collective that rank 1 never joins; nobody stops rank 0 but its own process group."""
+def test_no_rank_waits_for_one_that_fails_or_hangs(size: int, timeout: str, last_rank: str, message: str) -> None:
+    """The others are in a collective that it never joins; nobody stops them but their own process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", JOIN_AND, timeout, rank_1],
+            [sys.executable, "-W", "ignore", "-c", JOIN_AND, timeout, last_rank],
             env={**os.environ, **variables, "RANK": str(rank)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in (0, 1)
+        for rank in range(size)
     ]
     try:
-        errors = [process.communicate(timeout=45)[1] for process in ranks]
+        errors = [process.communicate(timeout=90)[1] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
             process.wait()
-    assert ranks[0].returncode == 1, errors
-    assert "Error" in errors[0], errors
+    for process, error in list(zip(ranks, errors, strict=True))[:-1]:
+        assert process.returncode == 1, errors
+        assert "RanksLostError" in error
+        assert message in error, errors
 
 
 @pytest.mark.slow
