@@ -15,6 +15,7 @@ import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import nn
 from torchrec.distributed.embedding_sharding import EmbeddingSharding, EmbeddingShardingContext
+from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
 from torchrec.distributed.sharding.tw_sharding import TwSparseFeaturesDist
 from torchrec.distributed.types import Awaitable, ShardingEnv, ShardingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -22,6 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.fetch import FetchGroup
 from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.native.bucketize import bucketize
 from cce_torchrec.rewrite import RowRewriter, select_features
 
 CLIENT_SIDE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
@@ -77,15 +79,21 @@ class ClientGroup:
         self, features: KeyedJaggedTensor, version: int
     ) -> tuple[EmbeddingShardingContext, Awaitable[Awaitable[KeyedJaggedTensor]]]:
         rows = self._rewrite(features, key_prefix=_stamp(version))
-        if self._is_narrow:
-            rows = KeyedJaggedTensor(
-                keys=rows.keys(),
-                values=rows.values().to(torch.int32),
-                lengths=rows.lengths().to(torch.int32),
-                weights=rows.weights_or_none(),
-                stride=rows.stride(),
-            )
-        return _context(rows), self.input_dist(rows)
+        if not self._is_narrow:
+            return _context(rows), self.input_dist(rows)
+        if isinstance(self.input_dist, RwSparseFeaturesDist):
+            blocks_F, send = self.input_dist._feature_block_sizes_tensor, self.input_dist._dist
+            sorted_by_rank = bucketize(rows, blocks_F, send._pg.size())
+            if sorted_by_rank is not None:
+                return _context(rows), send(sorted_by_rank)
+        narrow = KeyedJaggedTensor(
+            keys=rows.keys(),
+            values=rows.values().to(torch.int32),
+            lengths=rows.lengths().to(torch.int32),
+            weights=rows.weights_or_none(),
+            stride=rows.stride(),
+        )
+        return _context(rows), self.input_dist(narrow)
 
     def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
         return any(not key.startswith(_stamp(version)) for key in received.keys()[:1])

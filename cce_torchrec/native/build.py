@@ -155,6 +155,8 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.cce_lookup.restype = ctypes.c_int
     loaded.cce_lookup_backward.argtypes = [pointer, integer, pointer, pointer, ctypes.c_float, ctypes.c_float, integer]
     loaded.cce_lookup_backward.restype = None
+    loaded.cce_bucketize.argtypes = [*[pointer] * 4, *[integer] * 3, *[pointer] * 3]
+    loaded.cce_bucketize.restype = None
     loaded.cce_lanes.argtypes, loaded.cce_lanes.restype = [], integer
     loaded.cce_nearest.argtypes = [pointer, integer, integer, pointer, integer, pointer, pointer, integer, integer]
     loaded.cce_nearest.argtypes += [ctypes.c_float, pointer, pointer, ctypes.c_int, pointer, pointer, integer]
