@@ -4,8 +4,8 @@
     python -m benchmarks.step --quick           # small sizes, nothing written
 
 A step is ids to rows, forward, backward and row-wise Adagrad in the backward; tables are table-wise with TorchRec's fused
-kernels, under ``DistributedModelParallel`` with one rank and one thread, whose processor time counts. Ids are uniform or Zipf.
-"In PyTorch" is the same without the native kernels: FBGEMM's lookups, ids to rows in PyTorch.
+kernels, under ``DistributedModelParallel`` with one rank and one thread, whose processor time counts. Ids are uniform or
+Zipf. "In PyTorch" is the same without the native kernels: FBGEMM's lookups, ids to rows in PyTorch.
 """
 
 import argparse
@@ -114,8 +114,9 @@ def page(sizes: Sizes, results: dict[str, dict[str, dict[str, list[float]]]], ma
 {(chr(10) * 2).join(tables)}
 
 B={sizes.batch_size}, {sizes.num_tables} tables of one feature, one id a bag, D={sizes.dim}, V={sizes.num_embeddings:,}, CCE
-k={sizes.num_rows}. Processor time of one thread; {sizes.rounds} turns each, in an order that changed; ratios are between turns
-of the same round. A step is ids to rows, forward, backward and row-wise Adagrad. "In PyTorch" is without the native kernels.
+k={sizes.num_rows}. Processor time of one thread; {sizes.rounds} turns each, in an order that changed; ratios are between
+turns of the same round. A step is ids to rows, forward, backward and row-wise Adagrad. "In PyTorch" is without the native
+kernels.
 
 Made by: {facts}.
 
