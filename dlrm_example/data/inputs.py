@@ -56,17 +56,23 @@ def open_input(config: PrepareConfig, files: Sequence[Path], work: Path, bad: Ba
             made = text_to_parquet(files, work / "text", bad, config.workers, advance)
         by_file, transform = [parquet_parts(paths)[1] if paths else [] for paths in made], "log1p"
     lengths = [sum(part.num_rows for part in parts) for parts in by_file]
-    start = sum(lengths[:-1]) if len(lengths) > 1 else lengths[0] - lengths[0] // KAGGLE_DAYS
     if config.format == "criteo_kaggle" and len(lengths) > 1:
         raise UsageError(f"--format criteo_kaggle is one file, train.txt, but --input names {len(lengths)}")
     return Input(
         parts=[part for parts in by_file for part in parts],
-        splitter=ByRow(start, start + -(-(sum(lengths) - start) // 2)),
+        splitter=criteo_splitter(lengths),
         label=CRITEO_LABEL,
         dense=CRITEO_DENSE,
         sparse=dict.fromkeys(CRITEO_SPARSE, False),
         transform=config.dense_transform or transform,
     )
+
+
+def criteo_splitter(rows_of_files: Sequence[int]) -> ByRow:
+    """The last file is the last day, or the last seventh of one file; its first half is validation, the second the test."""
+    total = sum(rows_of_files)
+    last_day = rows_of_files[-1] if len(rows_of_files) > 1 else total // KAGGLE_DAYS
+    return ByRow(total - last_day, total - last_day // 2)
 
 
 def _open_parquet(config: PrepareConfig, files: Sequence[Path]) -> Input:

@@ -54,7 +54,10 @@ class ByRow:
     time_column: None = None
 
     def assign(self, rows: pa.Table, first_row: int) -> np.ndarray:
-        numbers_N = np.arange(first_row, first_row + len(rows))
+        return self.split_of(np.arange(first_row, first_row + len(rows)))
+
+    def split_of(self, numbers_N: np.ndarray) -> np.ndarray:
+        """Of rows by their number."""
         return np.searchsorted([self.val_start, self.test_start], numbers_N, side="right")
 
 

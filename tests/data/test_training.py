@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dlrm_example.data.manifest import read_manifest
 from dlrm_example.data.prepare import main as prepare
 from dlrm_example.records import read_summary
 from dlrm_example.train import main as train
@@ -27,9 +28,6 @@ def test_from_raw_parquet_to_a_summary(tmp_path: Path, capsys: pytest.CaptureFix
     assert train([*flags, "--data_path", str(tmp_path / "prepared"), "--method", "full", "--compression", "1"]) == 0
     summary = read_summary(tmp_path / "run")
     assert summary.best_val_auroc > 0.9
-    sizes = {
-        column["name"]: column["num_embeddings"]
-        for column in read_json(tmp_path / "prepared" / "manifest.json")["sparse"]
-    }
+    sizes = {column.name: column.num_embeddings for column in read_manifest(tmp_path / "prepared").sparse}
     assert summary.full_embedding_params == 8 * (sizes["u"] + sizes["tags"])
     assert train([*flags, "--data_path", str(tmp_path / "prepared"), "--overwrite"]) == 0
