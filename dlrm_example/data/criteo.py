@@ -26,7 +26,7 @@ from dlrm_example.records import replace_atomically
 
 logger = logging.getLogger(__name__)
 
-PIECE_BYTES = 1 << 25
+PIECE_BYTES = 1 << 24
 LINE = re.compile(rb"[01](\t(-?\d{1,18})?){13}(\t[0-9a-fA-F]{0,8}){26}")
 COLUMNS = (CRITEO_LABEL, *CRITEO_DENSE, *CRITEO_SPARSE)
 _TYPES = {name: pa.string() if name in CRITEO_SPARSE else pa.int64() for name in COLUMNS}

@@ -28,7 +28,16 @@ from dlrm_example.data.dataset import SPLITS
 from dlrm_example.data.download import DataUnavailableError
 from dlrm_example.data.encoding import encode_rows, flat_values, has_label
 from dlrm_example.data.inputs import Input, open_input
-from dlrm_example.data.manifest import MANIFEST, DataFile, Manifest, SparseColumn, column_file, read_manifest, sha256
+from dlrm_example.data.manifest import (
+    FIRST_ID,
+    MANIFEST,
+    DataFile,
+    Manifest,
+    SparseColumn,
+    column_file,
+    read_manifest,
+    sha256,
+)
 from dlrm_example.data.prepare_config import PrepareConfig, parse_prepare_config
 from dlrm_example.data.sources import Part, find_files
 from dlrm_example.data.splits import TRAIN
@@ -114,20 +123,22 @@ def _encoders(rows: Input, config: PrepareConfig, work: Path) -> dict[str, Encod
     for folder in ("vocabulary", "counts"):
         (work / folder).mkdir(exist_ok=True)
     if not (work / "counted").exists():
-        for name, counter in _count(rows, config).items():
-            encoder = counter.encoder()
-            encoder.save(column_file(work, "vocabulary", name))
-            np.save(column_file(work, "counts", name), encoder.counts_V)
+        counters = _count(rows, config)
+        for name in rows.sparse:
+            values, counts_V = counters.pop(name).result()  # which frees its memory
+            np.save(column_file(work, "counts", name), counts_V)
+            if values is not None:
+                vocabulary = pa.table({"value": values, "count": counts_V[FIRST_ID:]})
+                pq.write_table(vocabulary, column_file(work, "vocabulary", name))
         (work / "counted").touch()
     return {name: _saved_encoder(name, config, work) for name in rows.sparse}
 
 
 def _saved_encoder(name: str, config: PrepareConfig, work: Path) -> Encoder:
-    counts_V = np.load(column_file(work, "counts", name))
-    if config.buckets_of(name) is not None:
-        return Hashed(len(counts_V))
-    values = pq.read_table(column_file(work, "vocabulary", name), columns=["value"])["value"]
-    return Vocabulary(values.combine_chunks(), counts_V)
+    buckets = config.buckets_of(name)
+    if buckets is not None:
+        return Hashed(buckets)
+    return Vocabulary(pq.read_table(column_file(work, "vocabulary", name), columns=["value"])["value"].combine_chunks())
 
 
 def _count(rows: Input, config: PrepareConfig) -> dict[str, Counter]:
@@ -222,7 +233,7 @@ def _manifest(
     if empty:
         raise UsageError(f"no rows fall into {', '.join(empty)}: change --split, or the fractions")
     sparse = [
-        SparseColumn(name=name, num_embeddings=len(encoders[name].counts_V), multi_hot=multi_hot)
+        SparseColumn(name=name, num_embeddings=encoders[name].num_embeddings, multi_hot=multi_hot)
         for name, multi_hot in rows.sparse.items()
     ]
     made_by = {

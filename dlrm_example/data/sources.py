@@ -13,8 +13,8 @@ import pyarrow.dataset as pads
 
 from dlrm_example.config import UsageError
 
-PART_ROWS = 1 << 19  # about as many a part, which is what a resumed preparation skips
-CHUNK_ROWS = 1 << 17  # at most as many in memory at once
+PART_ROWS = 1 << 18  # about as many a part, which is what a resumed preparation skips
+CHUNK_ROWS = 1 << 16  # at most as many in memory at once
 CRITEO_LABEL = "label"
 CRITEO_DENSE = tuple(f"int_{number}" for number in range(13))
 CRITEO_SPARSE = tuple(f"cat_{number}" for number in range(26))

@@ -6,17 +6,15 @@ Shape suffixes: N values of a chunk, U different values, V ids of the table.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from dlrm_example.data.manifest import FIRST_ID, MISSING, UNKNOWN
 
-BUFFERED_VALUES = 1_000_000  # different values that wait to be merged, at least
+BUFFERED_VALUES = 1 << 17  # different values that wait to be merged, at least
 _P = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -24,28 +22,26 @@ class Encoder(Protocol):
     """Turns values of one column into ids in `[0, num_embeddings)`; nulls are id `MISSING`."""
 
     @property
-    def counts_V(self) -> np.ndarray: ...
+    def num_embeddings(self) -> int: ...
 
     def encode(self, values: pa.Array) -> np.ndarray:
         """int32 ids, one a value."""
         ...
 
-    def save(self, path: Path) -> None:
-        """Write the value behind each id, where there is one to write."""
-        ...
-
 
 class Counter(Protocol):
-    """Sees all training values of one column, then makes its encoder."""
+    """Sees all training values of one column."""
 
     def add(self, values: pa.Array) -> None: ...
 
-    def encoder(self) -> Encoder: ...
+    def result(self) -> tuple[pa.Array | None, np.ndarray]:
+        """The values from id `FIRST_ID` on, if ids have values, and how often each id occurs."""
+        ...
 
 
 @dataclass
 class ValueCounts:
-    """How often each value occurs. New ones wait in a buffer until it is as large as what is there already."""
+    """How often each value occurs. New ones wait in a buffer until it is half as large as what is there already."""
 
     _merged: pa.Table | None = None
     _waiting: list[pa.Table] = field(default_factory=list)
@@ -55,7 +51,7 @@ class ValueCounts:
         self.nulls += values.null_count
         counted = values.drop_null().value_counts()
         self._waiting.append(pa.table({"value": counted.field("values"), "count": counted.field("counts")}))
-        if sum(map(len, self._waiting)) > max(BUFFERED_VALUES, len(self._merged or [])):
+        if sum(map(len, self._waiting)) > max(BUFFERED_VALUES, len(self._merged or []) // 2):
             self._merge()
 
     def _merge(self) -> None:
@@ -80,24 +76,27 @@ class VocabularyCounter:
     def add(self, values: pa.Array) -> None:
         self.counts.add(values)
 
-    def encoder(self) -> "Vocabulary":
+    def result(self) -> tuple[pa.Array, np.ndarray]:
         table = self.counts.table()
         num_kept = int(pc.sum(pc.greater_equal(table["count"], self.min_count)).as_py() or 0)
         kept = table.slice(0, num_kept)
         rare = int(pc.sum(table["count"].slice(num_kept)).as_py() or 0)
         counts_V = np.concatenate([[self.counts.nulls, rare], kept["count"].to_numpy()]).astype(np.int64)
-        return Vocabulary(pa.concat_arrays(kept["value"].chunks or [pa.array([], table["value"].type)]), counts_V)
+        return pa.concat_arrays(kept["value"].chunks or [pa.array([], table["value"].type)]), counts_V
 
 
 class Vocabulary:
     """Value j of the vocabulary is id j + `FIRST_ID`; any other is `UNKNOWN`."""
 
-    def __init__(self, values: pa.Array, counts_V: np.ndarray) -> None:
-        self.values, self.counts_V = values, counts_V
+    def __init__(self, values: pa.Array) -> None:
+        self.num_embeddings = FIRST_ID + len(values)
+        self._texts = values
+        self._numbers: np.ndarray | None = None
         if pa.types.is_integer(values.type):  # a sorted array takes less memory than a hash table, and no time to build
             numbers = values.to_numpy()
             order = np.argsort(numbers)
-            self._sorted, self._ids = numbers[order], (order + FIRST_ID).astype(np.int32)
+            self._numbers, self._ids = numbers[order], (order + FIRST_ID).astype(np.int32)
+            self._texts = None
 
     def encode(self, values: pa.Array) -> np.ndarray:
         coded = values.dictionary_encode()
@@ -105,42 +104,33 @@ class Vocabulary:
         return np.append(self._ids_of(coded.dictionary), np.int32(MISSING))[codes_N]
 
     def _ids_of(self, different: pa.Array) -> np.ndarray:
-        if not pa.types.is_integer(different.type):
-            found = pc.index_in(different, value_set=self.values)
+        if self._numbers is None:
+            found = pc.index_in(different, value_set=self._texts)
             return (found.fill_null(UNKNOWN - FIRST_ID).to_numpy(zero_copy_only=False) + FIRST_ID).astype(np.int32)
         numbers_U = different.to_numpy()
-        if not len(self._sorted):
+        if not len(self._numbers):
             return np.full(len(numbers_U), UNKNOWN, np.int32)
-        places_U = np.minimum(np.searchsorted(self._sorted, numbers_U), len(self._sorted) - 1)
-        return np.where(self._sorted[places_U] == numbers_U, self._ids[places_U], np.int32(UNKNOWN))
-
-    def save(self, path: Path) -> None:
-        pq.write_table(pa.table({"value": self.values, "count": self.counts_V[FIRST_ID:]}), path)
+        places_U = np.minimum(np.searchsorted(self._numbers, numbers_U), len(self._numbers) - 1)
+        return np.where(self._numbers[places_U] == numbers_U, self._ids[places_U], np.int32(UNKNOWN))
 
 
 @dataclass
 class Hashed:
-    """Hashes a value into one of `num_buckets - 1` ids; the first id is that of nulls. Counts and encodes."""
+    """Hashes a value into one of `num_embeddings - 1` ids; the first id is that of nulls. Counts and encodes."""
 
-    num_buckets: int
-    counts_V: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.counts_V = np.zeros(self.num_buckets, np.int64)
+    num_embeddings: int
+    _counts_V: np.ndarray | int = 0
 
     def add(self, values: pa.Array) -> None:
-        self.counts_V += np.bincount(self.encode(values), minlength=self.num_buckets)
+        self._counts_V = self._counts_V + np.bincount(self.encode(values), minlength=self.num_embeddings)
 
-    def encoder(self) -> "Hashed":
-        return self
+    def result(self) -> tuple[None, np.ndarray]:
+        return None, np.zeros(self.num_embeddings, np.int64) + self._counts_V
 
     def encode(self, values: pa.Array) -> np.ndarray:
-        ids_N = 1 + hash_values(values) % np.uint64(self.num_buckets - 1)
+        ids_N = 1 + hash_values(values) % np.uint64(self.num_embeddings - 1)
         ids_N[values.is_null().to_numpy(zero_copy_only=False)] = MISSING
         return ids_N.astype(np.int32)
-
-    def save(self, path: Path) -> None:
-        """Hashes have no values to write."""
 
 
 def hash_values(values: pa.Array) -> np.ndarray:
