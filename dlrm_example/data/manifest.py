@@ -96,20 +96,6 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_checksums(folder: Path) -> None:
-    """Read every data file and compare its checksum with the manifest's.
-
-    Raises:
-        DataUnavailableError: one differs.
-    """
-    for file in (file for files in read_manifest(folder).splits.values() for file in files):
-        found = sha256(folder / file.path)
-        if found != file.sha256:
-            raise DataUnavailableError(
-                f"{folder / file.path}: sha256 is {found}, expected {file.sha256}: prepare the data again"
-            )
-
-
 def column_file(folder: Path, kind: Literal["vocabulary", "counts"], column: str) -> Path:
     """Where a column's vocabulary or counts lie; signs that a file name cannot have are escaped."""
     return folder / kind / f"{quote(column, safe='')}{'.parquet' if kind == 'vocabulary' else '.npy'}"
