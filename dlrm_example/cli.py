@@ -39,6 +39,10 @@ def _layer_sizes(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 64,32") from None
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 class _Group:
     """A heading of the help. The default of a flag is that of the field of the same name."""
 
@@ -76,9 +80,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data_flags(group: _Group) -> None:
     group.add("dataset_name", f"one of {', '.join(DATASETS)}")
-    group.add("data_path", "folder of the data's archive; without it, cce_torchrec in the user's cache folder")
+    path_help = "folder of the data's archive; without it, cce_torchrec in the user's cache folder"
+    group.add("data_path", f"{path_help}; for parquet, what dlrm_example.data.prepare made")
     discard_help = "throw away each user's last N interactions before splitting: tune with 2, report with 0"
     group.add("discard_last", discard_help, type=int)
+    group.add("label_column", "for parquet: the column that must be the label of what was prepared")
+    group.add("dense_columns", "for parquet: comma-separated, of those that were prepared (default: all)", type=_names)
+    group.add("sparse_columns", "for parquet: comma-separated, of those that were prepared (default: all)", type=_names)
 
 
 def _add_compression_flags(group: _Group) -> None:

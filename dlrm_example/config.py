@@ -26,6 +26,9 @@ class TrainConfig:
     dataset_name: str = "movielens_100k"
     data_path: str | None = None
     discard_last: int = 0
+    label_column: str | None = None
+    dense_columns: tuple[str, ...] | None = None
+    sparse_columns: tuple[str, ...] | None = None
 
     method: str = "full"
     compression: float = 1.0
@@ -74,6 +77,7 @@ class TrainConfig:
         _check_choice("method", self.method, METHODS)
         _check_choice("recluster_optimizer_state", self.recluster_optimizer_state, OPTIMIZER_STATES)
         _check_choice("interaction_type", self.interaction_type, INTERACTION_TYPES)
+        _check_data(self)
         _check_numbers(self)
         _check_compression(self)
         _check_layers(self)
@@ -152,6 +156,20 @@ _POSITIVE = (
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_steps"),
     *("global_batch_size", "checkpoint_every_steps"),
 )
+
+
+def _check_data(config: TrainConfig) -> None:
+    if config.dataset_name == "parquet":
+        if config.data_path is None:
+            raise UsageError("--dataset_name parquet needs --data_path, a folder that dlrm_example.data.prepare made")
+        if config.discard_last:
+            raise UsageError(
+                "--discard_last is for movielens_100k; how parquet is split is up to dlrm_example.data.prepare"
+            )
+        return
+    for name in ("label_column", "dense_columns", "sparse_columns"):
+        if getattr(config, name) is not None:
+            raise UsageError(f"--{name} is for --dataset_name parquet; {config.dataset_name} has columns of its own")
 
 
 def _check_numbers(config: TrainConfig) -> None:

@@ -23,7 +23,7 @@ from dlrm_example.cli import parse_config
 from dlrm_example.commands import exit_code
 from dlrm_example.config import TrainConfig, divide_global_batch
 from dlrm_example.console import is_main_process, log_of_this_rank, set_up_logging
-from dlrm_example.data import DATASETS, Dataset
+from dlrm_example.data import DATASETS, ColumnChoice, Dataset
 from dlrm_example.distributed import World, elastic_job, main_rank_first, on_main_rank, process_group, restarts
 from dlrm_example.model import build_model, build_optimizer, collection_of, shard_model
 from dlrm_example.progress import Progress
@@ -88,8 +88,9 @@ def set_up_process(config: TrainConfig) -> None:
 
 def load_dataset(config: TrainConfig, world: World) -> Dataset:
     """The data set, fetched by rank 0 where it is not cached."""
+    columns = ColumnChoice(label=config.label_column, dense=config.dense_columns, sparse=config.sparse_columns)
     with main_rank_first(world):
-        return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last)
+        return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last, columns=columns)
 
 
 def start_files(files: RunFiles, config: TrainConfig, world: World) -> Checkpoint | None:

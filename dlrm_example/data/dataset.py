@@ -34,6 +34,15 @@ class DatasetInfo:
     dense_names: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ColumnChoice:
+    """Columns of a data set that names them freely; None for what it has."""
+
+    label: str | None = None
+    dense: tuple[str, ...] | None = None
+    sparse: tuple[str, ...] | None = None
+
+
 class BatchLoader(Protocol):
     """The batches of one split on one rank; every rank has as many, as long, and those of val and test may be padded."""
 

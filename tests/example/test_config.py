@@ -6,7 +6,7 @@ import pytest
 
 from cce_torchrec import METHODS
 from dlrm_example import cli
-from dlrm_example.config import TrainConfig
+from dlrm_example.config import TrainConfig, UsageError
 from dlrm_example.train import main
 
 
@@ -39,6 +39,9 @@ def test_default_compression(method: str, compression: float) -> None:
     [
         ("--method no_such_method", "--method 'no_such_method' is unknown; there are full, hashing_trick"),
         ("--dataset_name criteo", "--dataset_name 'criteo' is unknown; there are movielens_100k"),
+        ("--dataset_name parquet --data_path runs/nowhere --discard_last 1", "--discard_last is for movielens_100k"),
+        ("--label_column y", "--label_column is for --dataset_name parquet"),
+        ("--sparse_columns u,i", "--sparse_columns is for --dataset_name parquet"),
         ("--interaction_type cross", "there are original, dcn, projection"),
         ("--compression 8", "--method full cannot have --compression 8"),
         ("--method cce --compression 0.5", "--compression is 0.5; it must be 1 or more"),
@@ -72,6 +75,14 @@ def test_bad_flags_end_with_a_message_and_code_2(
     assert error.startswith("error: ")
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_parquet_needs_a_path_and_knows_its_columns() -> None:
+    with pytest.raises(UsageError, match="--dataset_name parquet needs --data_path"):
+        cli.parse_config(["--run_dir", "x", "--dataset_name", "parquet"])
+    flags = "--run_dir x --dataset_name parquet --data_path d --label_column y --dense_columns a,b --sparse_columns u"
+    config = cli.parse_config(flags.split())
+    assert (config.label_column, config.dense_columns, config.sparse_columns) == ("y", ("a", "b"), ("u",))
 
 
 def test_malformed_flags_are_argparse_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,196 @@
+"""Prepared Parquet as batches of KeyedJaggedTensors, without ever being in memory as a whole.
+
+`order.py` says which rows a batch has; here they are read, a block of row groups at a time, in a thread that is a
+block ahead. Nothing is done row by row. To begin in the middle of an epoch, nothing before its block is read.
+
+Shape suffixes: M rows of a block, P rows of this rank, F dense or one-hot features, B rows of a batch.
+"""
+
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torchrec.datasets.utils import Batch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from dlrm_example.data.dataset import PADDING, BatchLoader, ColumnChoice, DatasetInfo, SparseFeature
+from dlrm_example.data.download import DataUnavailableError
+from dlrm_example.data.manifest import DataFile, Manifest, read_manifest
+from dlrm_example.data.order import Block, EpochOrder, batch_cuts
+from dlrm_example.data.prefetch import prefetch
+from dlrm_example.data.rows import Rows
+
+BLOCKS_AHEAD, BATCHES_AHEAD = 1, 4
+
+
+@dataclass(frozen=True)
+class PreparedDataset:
+    """A folder that `dlrm_example.data.prepare` made; one-hot columns come first in a batch."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def info(self) -> DatasetInfo:
+        features = tuple(
+            SparseFeature(name=column.name, num_embeddings=column.num_embeddings, multi_hot=column.multi_hot)
+            for column in self.manifest.sparse
+        )
+        return DatasetInfo(name="parquet", sparse_features=features, dense_names=self.manifest.dense)
+
+    def loader(
+        self,
+        split: str,
+        *,
+        batch_size: int,
+        limit_batches: int | None = None,
+        shuffle_seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> BatchLoader:
+        return StreamingLoader(
+            source=self,
+            files=self.manifest.splits[split],
+            batch_size=batch_size,
+            limit_batches=limit_batches,
+            shuffle_seed=shuffle_seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
+def open_prepared(folder: Path, columns: ColumnChoice) -> PreparedDataset:
+    """Prepared data, with all of its features or those that are chosen.
+
+    Raises:
+        DataUnavailableError: it is not prepared, not complete, or lacks a column.
+    """
+    manifest = read_manifest(folder)
+    if columns.label not in (None, manifest.label):
+        raise DataUnavailableError(f"{folder} was prepared with the label {manifest.label}, not {columns.label}")
+    sparse_names = tuple(column.name for column in manifest.sparse)
+    dense = _chosen("dense", columns.dense, manifest.dense, folder)
+    by_name = {column.name: column for column in manifest.sparse}
+    sparse = [by_name[name] for name in _chosen("sparse", columns.sparse, sparse_names, folder)]
+    one_hot_first = tuple(sorted(sparse, key=lambda column: column.multi_hot))
+    return PreparedDataset(
+        folder,
+        replace(manifest, dense=dense, sparse=one_hot_first),
+    )
+
+
+def _chosen(kind: str, wanted: tuple[str, ...] | None, there: tuple[str, ...], folder: Path) -> tuple[str, ...]:
+    missing = [name for name in wanted or () if name not in there]
+    if missing:
+        raise DataUnavailableError(
+            f"{folder} was prepared without the {kind} columns {', '.join(missing)}; it has {', '.join(there)}"
+        )
+    return there if wanted is None else wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamingLoader:
+    """This rank's share of every global batch; what `InMemoryLoader` says of batches and ranks holds here too.
+
+    Of a shuffled epoch's last batch, up to `world_size - 1` rows are left out, others in each epoch; where the number of
+    ranks does not divide 2^6 x 3 x 5 x 7, of the other batches too. Unshuffled splits are padded instead.
+    """
+
+    source: PreparedDataset
+    files: tuple[DataFile, ...]
+    batch_size: int
+    limit_batches: int | None = None
+    shuffle_seed: int | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    def _cuts(self) -> np.ndarray:
+        cuts = batch_cuts(sum(file.num_rows for file in self.files), self.batch_size * self.world_size)
+        if self.shuffle_seed is not None and cuts[-1] - cuts[-2] < self.world_size:
+            cuts = cuts[:-1]
+        return cuts if self.limit_batches is None else cuts[: self.limit_batches + 1]
+
+    def __len__(self) -> int:
+        return len(self._cuts()) - 1
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        return prefetch(self._batches(number, start), BATCHES_AHEAD)
+
+    def _batches(self, number: int, start: int) -> Generator[Batch]:
+        cuts = self._cuts()[start:]
+        with closing(prefetch(self._read_blocks(number, cuts), BLOCKS_AHEAD)) as blocks:
+            waiting: list[Rows] = []
+            for first, last in pairwise(cuts):
+                wanted = len(self._mine(first, last))
+                while sum(map(len, waiting)) < wanted:
+                    waiting.append(next(blocks))
+                rows = Rows.joined(waiting, self.source.manifest)
+                waiting = [rows.part(wanted, len(rows))] if len(rows) > wanted else []
+                share = -(-int(last - first) // self.world_size) if self.shuffle_seed is None else wanted
+                batch = self._batch(rows.part(0, wanted), share - wanted)
+                yield batch.pin_memory() if torch.cuda.is_available() else batch
+
+    def _mine(self, first: int, last: int) -> np.ndarray:
+        """This rank's positions of a batch."""
+        if self.shuffle_seed is not None:
+            last -= (last - first) % self.world_size
+        return np.arange(first + self.rank, last, self.world_size)
+
+    def _read_blocks(self, number: int, cuts: np.ndarray) -> Generator[Rows]:
+        """This rank's rows of one block after the other, in the order of their positions."""
+        groups = [(file, group, rows) for file in self.files for group, rows in enumerate(file.row_groups)]
+        order = EpochOrder(
+            group_rows=np.array([rows for _, _, rows in groups]),
+            seed=None if self.shuffle_seed is None else (self.shuffle_seed, number),
+            world_size=self.world_size,
+        )
+        for block in order.blocks():
+            positions_P = self._mine_of(block, cuts)
+            if len(positions_P):
+                yield self._read(block, order.rows_at(block, positions_P), groups)
+
+    def _mine_of(self, block: Block, cuts: np.ndarray) -> np.ndarray:
+        """This rank's positions of a block, within those batches."""
+        first = max(int(np.searchsorted(cuts, block.start, side="right")) - 1, 0)
+        last = int(np.searchsorted(cuts, block.end))
+        positions = [self._mine(*ends) for ends in pairwise(cuts[first : last + 1])]
+        mine_P = np.concatenate([np.zeros(0, np.int64), *positions])
+        return mine_P[(mine_P >= block.start) & (mine_P < block.end)]
+
+    def _read(self, block: Block, rows_P: np.ndarray, groups: list[tuple[DataFile, int, int]]) -> Rows:
+        """Those rows of the block, from the row groups that hold any of them."""
+        starts = np.cumsum([0, *(groups[group][2] for group in block.groups)])
+        group_of_row = np.searchsorted(starts, rows_P, side="right") - 1
+        needed = np.unique(group_of_row)
+        table = pa.concat_tables([self._read_group(*groups[block.groups[place]][:2]) for place in needed])
+        moved = np.zeros(len(block.groups), np.int64)  # where a row of a group is now, less where it was
+        moved[needed] = np.cumsum([0, *np.diff(starts)[needed]])[:-1] - starts[needed]
+        return Rows.of_table(table, self.source.manifest, torch.from_numpy(rows_P + moved[group_of_row]))
+
+    def _read_group(self, file: DataFile, group: int) -> pa.Table:
+        manifest, path = self.source.manifest, self.source.folder / file.path
+        columns = [manifest.label, *manifest.dense, *(column.name for column in manifest.sparse)]
+        try:
+            with pq.ParquetFile(path) as opened:
+                return opened.read_row_group(group, columns=columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataUnavailableError(f"{path}, row group {group}: {error}") from None
+
+    def _batch(self, rows: Rows, padding: int) -> Batch:
+        """The rows, and some more of label `PADDING` with id 0 or none."""
+        pad = torch.nn.functional.pad
+        one_hot_FB = pad(rows.one_hot_FP, (0, padding))
+        lengths = [pad(ids.offsets_N1.diff(), (0, padding)).int() for ids in rows.multi_hot]
+        sparse = KeyedJaggedTensor(
+            keys=[column.name for column in self.source.manifest.sparse],
+            values=torch.cat([one_hot_FB.reshape(-1), *(ids.values_T for ids in rows.multi_hot)]).long(),
+            lengths=torch.cat([torch.ones(one_hot_FB.numel(), dtype=torch.int32), *lengths]),
+            stride=one_hot_FB.shape[1],
+        )
+        return Batch(pad(rows.dense_PF, (0, 0, 0, padding)), sparse, pad(rows.labels_P, (0, padding), value=PADDING))
