@@ -70,6 +70,45 @@ def dlrm(
     )
 
 
+def prepare(
+    *script_args: str,
+    name: str = "prepare",
+    image: str = "",
+    h: Optional[str] = None,
+    cpu: int = 4,
+    memMB: int = 8192,
+    env: Optional[Dict[str, str]] = None,
+    mounts: Optional[List[str]] = None,
+    max_retries: int = 0,
+) -> specs.AppDef:
+    """Prepare data: ``python -m dlrm_example.data.prepare`` in one process, which itself uses all cores.
+
+    Args:
+        script_args: its flags, after ``--``: --input and --out on storage that the training can read
+        name: of the job
+        image: container image with this project installed, where the scheduler runs one
+        h: a named resource, instead of cpu and memMB
+        cpu: cores
+        memMB: memory, in MB
+        env: variables of the process; no secrets, they can be read in the job
+        mounts: such as type=bind,src=/data,dst=/data
+        max_retries: how often the scheduler starts a failed job again, which goes on with the parts that are not there yet
+    """
+    return torchx_dist.ddp(
+        *script_args,
+        m="dlrm_example.data.prepare",
+        name=name,
+        image=image,
+        h=h,
+        cpu=cpu,
+        memMB=memMB,
+        j="1x1",
+        env=_environment(env, max_restarts=0, rdzv_conf=""),
+        mounts=mounts,
+        max_retries=max_retries,
+    )
+
+
 def sweep(
     *script_args: str,
     runs: str,

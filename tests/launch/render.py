@@ -36,12 +36,17 @@ JOBS: dict[str, tuple[list[str], list[str]]] = {
         ],
     ),
     "sweep": ([*IMAGE, "-j", "1x2", "--run_dir", "/shared/sweep"], ["--adagrad", "--epochs", "3"]),
+    "prepare": (
+        [*IMAGE, "--cpu", "16"],
+        ["--format", "criteo_kaggle", "--input", "/shared/train.txt", "--out", "/shared/kaggle"],
+    ),
     "recluster_job": ([*IMAGE, "-j", "1x4"], ["--run_dir", "/shared/run", "--output_dir", "/shared/again"]),
 }
 KEPT = [
     *(("dlrm", scheduler) for scheduler in SCHEDULERS),
     ("sweep", "kubernetes"),
     ("recluster_job", "slurm"),
+    ("prepare", "slurm"),
 ]
 
 

@@ -81,6 +81,13 @@ def test_recluster_job() -> None:
     assert made.name == "recluster"
 
 
+def test_prepare_is_one_process() -> None:
+    made = role("prepare", "--memMB", "999", flags=["--input", "/shared/logs", "--out", "/shared/data"])
+    assert made.args[1].endswith("-m dlrm_example.data.prepare --input /shared/logs --out /shared/data")
+    assert "--nnodes 1 --nproc_per_node 1" in made.args[1]
+    assert (made.name, made.num_replicas, made.resource.memMB, made.env["PET_MAX_RESTARTS"]) == ("prepare", 1, 999, "0")
+
+
 def test_sweep_is_a_role_a_run(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text(RUNS)
     options = ["--runs", str(tmp_path / "runs"), "--run_dir", "/shared/sweep", "-j", "1x2", "--cpu", "3"]

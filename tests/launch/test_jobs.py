@@ -1,5 +1,6 @@
 """Whole jobs through `torchx run -s local_cwd` and torchrun, in processes of their own, as a user starts them."""
 
+import json
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dlrm_example.cli import parse_config
@@ -127,6 +130,17 @@ def test_sweep_trains_every_run(data_flags: list[str], folder: Path) -> None:
     assert {name: summary.method for name, summary in runs.items()} == {"full": "full", "qr": "qr"}
     assert all(summary.steps == STEPS for summary in runs.values())
     assert runs["qr"].embedding_params < runs["full"].embedding_params
+
+
+def test_prepare(folder: Path) -> None:
+    logs = pa.table({"user": ["a", "b", "a", "c"] * 10, "age": [1.0, 2.0, 1.5, 7.0] * 10, "clicked": [0, 1, 1, 0] * 10})
+    pq.write_table(logs, folder / "logs.parquet")
+    flags = ["--input", str(folder / "logs.parquet"), "--out", str(folder / "data"), "--label_column", "clicked"]
+    flags += ["--dense_columns", "age", "--sparse_columns", "user"]
+    command = torchx_run("prepare", "--", *flags, folder=folder)
+    code, output = run(command, folder, timeout=150)
+    assert code == 0, output
+    assert json.loads((folder / "data" / "manifest.json").read_text())["rows"]
 
 
 def test_recluster_job(data_flags: list[str], folder: Path) -> None:
