@@ -140,7 +140,8 @@ def test_prepare(folder: Path) -> None:
     command = torchx_run("prepare", "--", *flags, folder=folder)
     code, output = run(command, folder, timeout=150)
     assert code == 0, output
-    assert json.loads((folder / "data" / "manifest.json").read_text())["rows"]
+    splits = json.loads((folder / "data" / "manifest.json").read_text())["splits"]
+    assert sum(sum(file["row_groups"]) for files in splits.values() for file in files) == 40
 
 
 def test_recluster_job(data_flags: list[str], folder: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from dlrm_example import recluster
 from dlrm_example.cli import parse_config
+from dlrm_example.data.prepare_config import parse_prepare_config
 from launch import components
 from tests.launch.jobs import COMPONENTS
 from tests.launch.render import RUNS, dryrun
@@ -55,5 +56,7 @@ def test_the_line_makes_a_job(line: str, tmp_path: Path) -> None:
     assert dryrun(name, scheduler, options, flags, cfg)._app.roles
     if name == "recluster_job":
         assert recluster._parser().parse_args(flags).output_dir
+    elif name == "prepare":
+        assert parse_prepare_config(flags).out
     else:
         parse_config([*flags, *(["--run_dir", "runs/one"] if name == "sweep" else [])])
