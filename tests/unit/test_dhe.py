@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig
 from cce_torchrec.methods import DHE
 from cce_torchrec.methods import dhe as module
 from cce_torchrec.methods.dhe import DHEDecoder
 from tests.unit.decoders import build, check_against_dense, check_budgets, check_decoder, initial_std, largest_tensor
-from tests.unit.oracles import python_hash
+from tests.unit.oracles import make_kjt, python_hash
 
 V, D = 37, 6
 METHODS = [
@@ -124,6 +125,23 @@ def test_batch_norm_is_that_of_the_batch_in_training_and_running_outside() -> No
     twin = build(method, V, D, seed=1).eval()
     twin.load_state_dict(decoder.state_dict())
     assert torch.equal(twin(ids_N), decoder(ids_N))
+
+
+def test_the_dense_table_of_a_batch_norm_is_that_of_inference() -> None:
+    method = DHE(width=8, num_hashes=16, norm="batch")
+    table = CompressedEmbeddingBagConfig(
+        name="t", num_embeddings=V, embedding_dim=8, feature_names=["f"], method=method
+    )
+    collection, features = CompressedEmbeddingBagCollection(tables=[table]), make_kjt({"f": [[v] for v in range(V)]})
+    collection(features)  # the statistics have moved on
+    before = {name: value.clone() for name, value in collection.state_dict().items()}
+    dense = collection.dense_weight("t")
+    assert collection.training
+    assert all(part.training for part in collection.modules())
+    torch.testing.assert_close(collection.state_dict(), before, rtol=0, atol=0)
+    assert not torch.allclose(collection(features)["f"], dense)
+    collection.load_state_dict(before)
+    torch.testing.assert_close(collection.eval()(features)["f"].detach(), dense)
 
 
 def test_the_tables_name_and_the_seed_choose_the_hashes() -> None:
