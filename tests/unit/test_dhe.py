@@ -176,6 +176,13 @@ def test_initial_vectors_have_the_spread_of_the_full_table(
     assert initial_std(method, 10**6, 16, draws=3) == pytest.approx(1, rel=0.1)
 
 
+def test_units_that_are_the_same_for_all_ids_are_not_scaled() -> None:
+    for depth in range(1, 12):  # the layer norm of two units is (1, -1) or (-1, 1)
+        decoder = build(DHE(width=2, num_hashes=1, depth=depth, norm="layer"), V, D, dtype=torch.float16)
+        assert decoder(torch.arange(V)).isfinite().all()
+        assert max(float(parameter.detach().abs().max()) for parameter in decoder.parameters()) < 1e4
+
+
 def test_initial_vectors_of_different_ids_are_not_alike() -> None:
     for depth in (1, 2, 5):
         out_ND = build(DHE(width=128, num_hashes=512, depth=depth), 10**6, 64)(torch.arange(5000, 5500)).detach()
