@@ -169,9 +169,9 @@ def page(table: str, content: dict[str, Any]) -> str:
 ![Best validation BCE by embedding parameters]({NAME}.png)
 
 Scores are the mean ± standard deviation over seeds {", ".join(map(str, SEEDS))}: best validation BCE and AUROC over
-the epochs, test scores at the epoch of the best BCE. «Params» and «bytes» are those of all tables together, small ones that stay full
-included; bytes count everything that is stored, assignments and hash coefficients too. `low_dim` grows by four dims at a
-time, so it uses less of some budgets.
+the epochs, test scores at the epoch of the best BCE. «Params» and «bytes» are those of all tables together, small ones that
+stay full included; bytes count everything that is stored, assignments and hash coefficients too. `low_dim` grows by four dims
+at a time, so it uses less of some budgets.
 
 «Step / full step» is the time of a whole training step, of the DLRM with its optimizers, relative to full tables': median and
 quartiles of {ROUNDS} rounds, in which all methods take turns of {STEPS} steps, compressed {TIMED_COMPRESSION:g} times. A full
