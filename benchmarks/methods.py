@@ -20,7 +20,6 @@ from typing import Any
 from benchmarks import movielens_8x
 from benchmarks.harness import RESULTS, ROOT, Spread, markdown_table, provenance, ratio, take_turns, write_results
 from cce_torchrec import METHODS
-from cce_torchrec.memory import MemoryReport
 from cce_torchrec.methods import DecodeMethod
 from dlrm_example.budget import plan_tables
 from dlrm_example.config import TrainConfig
@@ -39,7 +38,8 @@ EPOCHS = 3
 TIMED_COMPRESSION = 8.0
 ROUNDS, STEPS = 15, 8  # of the timing: turns of each method, and steps a turn
 
-Runs = dict[tuple[str, float], list[Summary]]  # by method and compression, one a seed
+Case = tuple[str, float]  # method and compression
+Runs = dict[Case, list[Summary]]  # one a seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         shutil.rmtree(ROOT / "runs" / NAME, ignore_errors=True)
     with process_group() as world:
         runs: Runs = {case: [movielens_8x.run_or_read(config(*case, seed)) for seed in SEEDS] for case in cases()}
-        sizes = {case: size(config(*case, SEEDS[0]), world) for case in runs}
+        num_bytes = {case: stored_bytes(config(*case, SEEDS[0]), world) for case in runs}
         times = step_times(world)
-    table = results_table(runs, sizes, times)
+    table = results_table(runs, num_bytes, times)
     content = {
         "provenance": provenance(),
         "settings": {**asdict(config("full", 1.0, SEEDS[0])), "run_dir": None, "method": None, "seed": SEEDS},
         "runs": [asdict(run) for found in runs.values() for run in found],
-        "bytes": {f"{method} {compression:g}x": stored(size) for (method, compression), size in sizes.items()},
+        "bytes": list(num_bytes.values()),
         "step_seconds": times,
     }
     write_results(NAME, content, page(table, content))
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def cases() -> list[tuple[str, float]]:
+def cases() -> list[Case]:
     """Methods and compressions; the full table comes first, and in one size."""
     others = itertools.product((method for method in METHODS if method != "full"), COMPRESSIONS)
     return [("full", 1.0), *others]
@@ -80,15 +80,11 @@ def config(method: str, compression: float, seed: int) -> TrainConfig:
     )
 
 
-def size(settings: TrainConfig, world: World) -> MemoryReport:
-    """What the tables of a run store."""
+def stored_bytes(settings: TrainConfig, world: World) -> int:
+    """Of all tables: parameters, assignments and the coefficients of hashes."""
     info = load_dataset(settings, world).info
-    return collection_of(build_model(plan_tables(info, settings), info, settings)).memory_report()
-
-
-def stored(report: MemoryReport) -> int:
-    """Bytes of parameters, assignments and the coefficients of hashes."""
-    return report.total.codebook_bytes + report.total.assignment_bytes
+    total = collection_of(build_model(plan_tables(info, settings), info, settings)).memory_report().total
+    return total.codebook_bytes + total.assignment_bytes
 
 
 def step_times(world: World) -> dict[str, list[float]]:
@@ -118,18 +114,17 @@ def stepper(method: str, world: World) -> Callable[[], float]:
     return turn
 
 
-def results_table(runs: Runs, sizes: dict[tuple[str, float], MemoryReport], times: dict[str, list[float]]) -> str:
+def results_table(runs: Runs, num_bytes: dict[Case, int], times: dict[str, list[float]]) -> str:
     """A line for each method and budget; scores are the mean and standard deviation over the seeds."""
     lines = []
     for (method, compression), found in runs.items():
         is_timed = compression in (1.0, TIMED_COMPRESSION)
-        report = sizes[method, compression]
         lines.append(
             [
                 f"`{method}`",
                 f"{compression:g}x",
                 f"{found[0].embedding_params:,}",
-                f"{stored(report):,}",
+                f"{num_bytes[method, compression]:,}",
                 *(movielens_8x.mean_and_spread([getattr(run, name) for run in found]) for name in SCORES),
                 ratio(times[method], times["full"]).text(2) if is_timed else "",
             ]
