@@ -11,6 +11,11 @@ import pytest
 from tests.contract.cases import VARIANTS, Variant
 from tests.contract.in_a_process import DIM, MANY, digest
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]  # a process measures all methods for the first test of each kind
+
 every_method = pytest.mark.parametrize("variant", VARIANTS, ids=str)
 
 
