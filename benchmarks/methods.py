@@ -167,14 +167,14 @@ def page(table: str, content: dict[str, Any]) -> str:
 ![Best validation BCE by embedding parameters]({NAME}.png)
 
 Scores are the mean ± standard deviation over seeds {", ".join(map(str, SEEDS))}: best validation BCE and AUROC over
-the epochs, test scores at the epoch of the best BCE. «Params» and «bytes» are those of all tables together, small ones that
-stay full included; bytes count everything that is stored, assignments and hash coefficients too. `low_dim` grows by four dims
-at a time, so it uses less of some budgets. Three seeds tell no methods apart whose means are nearer than these spreads.
+the epochs, test scores at the epoch of the best BCE. Three seeds do not tell methods apart whose means are nearer than these
+spreads. «Params» and «bytes» are those of all tables together, small ones that stay full included; bytes count everything
+that is stored, assignments and hash coefficients too. `low_dim` grows by four dims at a time, so it uses less of some budgets.
 
-«Step / full step» is the processor time of a whole training step on one thread, of the DLRM with its optimizers, relative to
-full tables': median and quartiles of {ROUNDS} rounds, in which all methods take turns of {STEPS} steps, compressed
-{TIMED_COMPRESSION:g} times. A full step took {full.text()} ms. All these tables fit in caches, full ones too: what is compared
-is what methods compute, not what large tables cost.
+«Step / full step» is the processor time of a whole training step on one thread, of the DLRM with its optimizers,
+relative to full tables': median and quartiles of {ROUNDS} rounds, in which all methods take turns of {STEPS} steps,
+compressed {TIMED_COMPRESSION:g} times. A full step took {full.text()} ms. All these tables fit in caches, full ones too:
+what is compared is what methods compute, not what large tables cost.
 
 `pq` is trained from scratch here, as all others are, so it is `ce` with stored hashes and more columns; what it is for is to
 compress tables that were trained (`compress(..., from_trained=True)`). All methods have the same settings, which were not

@@ -41,7 +41,7 @@ def plot_bands(panels: Mapping[str, Mapping[str, Curve]], target: Path, score: s
         target: the file.
         score: its name.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, curves) in zip(all_axes, panels.items(), strict=True):
         for index, (name, curve) in enumerate(curves.items()):
