@@ -86,12 +86,12 @@ def markdown_table(runs: Sequence[Summary]) -> str:
         mine = [run for run in runs if run.method == method]
         sizes = f"{mine[0].embedding_params:,} | {mine[0].compression_params:.1f}x | {mine[0].compression_bytes:.1f}x"
         fields = ("best_val_bce", "best_val_auroc", "test_bce", "test_auroc")
-        scores = " | ".join(_mean_and_spread([getattr(run, field) for run in mine]) for field in fields)
+        scores = " | ".join(mean_and_spread([getattr(run, field) for run in mine]) for field in fields)
         lines.append(f"| `{method}` | {sizes} | {scores} |")
     return "\n".join(lines)
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
@@ -132,7 +132,7 @@ def _page(table: str, content: dict[str, Any], below: dict[str, list[float]]) ->
 Mean ± standard deviation over seeds {seeds}. «Fewer bytes» counts what is stored beside the parameters, such as
 assignments. Best validation BCE over the epochs; test scores are those of that epoch.
 
-CCE's best validation BCE is below the hashing trick's by {_mean_and_spread(below["cce"])} (seed by seed: {by_seed}).
+CCE's best validation BCE is below the hashing trick's by {mean_and_spread(below["cce"])} (seed by seed: {by_seed}).
 
 Settings, the same for all methods, chosen on another split (`--discard_last 2`): {_listed(content["settings"])}.
 

@@ -151,7 +151,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 
     @torch.no_grad()
     def dense_weight(self, table: str) -> Tensor:
-        """The full table that this one stands for: row v is the vector of id v.
+        """The full table that this one stands for: row v is the vector of id v outside training.
 
         Args:
             table: name of a logical table.
@@ -213,12 +213,17 @@ def _is_meta(module: nn.Module) -> bool:
 
 
 def decoded_weight(table: DecodedTable) -> Tensor:
-    """The vector of every id of a decode table: [num_embeddings, embedding_dim], float32."""
-    device = next(table.decoder.parameters()).device
+    """The vector of every id of a decode table outside training: [num_embeddings, embedding_dim], float32."""
+    decoder, was_training = table.decoder, table.decoder.training
+    device = next(decoder.parameters()).device
     out_VD = torch.empty(table.config.num_embeddings, table.config.embedding_dim, device=device)
-    # Fewer ids at a time than rows need: a decoder's own values are many times as many as its vectors.
-    for ids_N in id_chunks(table.config.num_embeddings, device, size=1 << 14):
-        out_VD[ids_N[0] : ids_N[-1] + 1] = table.decoder(ids_N)
+    decoder.eval()  # norms by the statistics of a batch would depend on the ids computed together, and learn from them
+    try:
+        # Fewer ids at a time than rows need: a decoder's own values are many times as many as its vectors.
+        for ids_N in id_chunks(table.config.num_embeddings, device, size=1 << 14):
+            out_VD[ids_N[0] : ids_N[-1] + 1] = decoder(ids_N)
+    finally:
+        decoder.train(was_training)
     return out_VD
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from cce_torchrec import METHODS, CompressedEmbeddingBagConfig
-from cce_torchrec.methods import FullTable, MethodConfig
+from cce_torchrec.methods import DecodeMethod, FullTable, MethodConfig
 from dlrm_example.config import OptionValue, TrainConfig, UsageError
 from dlrm_example.data import DatasetInfo, SparseFeature
 
@@ -87,7 +87,8 @@ def _largest_compression(info: DatasetInfo, config: TrainConfig) -> float | None
 
 def _check_columns(table: CompressedEmbeddingBagConfig) -> None:
     columns = getattr(table.method, "num_columns", 1)
-    if table.embedding_dim // columns % 4:
+    looks_up_rows = not isinstance(table.method, DecodeMethod)  # columns of the others are no tables of FBGEMM's
+    if looks_up_rows and table.embedding_dim // columns % 4:
         raise UsageError(
             f"--method_options num_columns={columns}: FBGEMM's kernels take no columns of {table.embedding_dim // columns} "
             f"dims; --embedding_dim {table.embedding_dim} over num_columns must be a multiple of 4"

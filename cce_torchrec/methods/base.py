@@ -192,7 +192,11 @@ class MethodConfig(ABC):
         if unknown:
             raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {known}.")
         overrides = {name: value for name, value in overrides.items() if value is not None}
-        check_positive(**{name: overrides[name] for name in overrides if name.startswith("num_")})
+        integers = [field.name for field in fields(cls) if field.type in (int, int | None) and field.name != "seed"]
+        for name in integers:
+            # What a size of another name may be, the method itself says better.
+            if name in overrides and (name.startswith("num_") or not isinstance(overrides[name], int)):
+                check_positive(**{name: overrides[name]})
         method = cls(**{**cls.largest_fields(num_embeddings, embedding_dim, num_params, overrides), **overrides})
         needed = method.num_params(num_embeddings, embedding_dim)
         if needed > num_params:
@@ -257,6 +261,13 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive integer.")
+
+
+def check_bool(**values: bool) -> None:
+    """Raise a ``ValueError`` for every value that is no ``bool``."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} is neither True nor False.")
 
 
 def check_rows(**values: int) -> None:

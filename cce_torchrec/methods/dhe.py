@@ -65,7 +65,9 @@ class DHEDecoder(Decoder):
             weight_OH = torch.randn(weight.shape, device=weight.device)
             out_NO = x_NH @ weight_OH.T
             std_O, mean_O = torch.std_mean(out_NO, dim=0, correction=0)
-            gain_O = (self._std if layer == last else 1) / std_O
+            # No scale makes units vary that are the same for all ids, such as those after a layer norm of width 2 can be.
+            spread_O = torch.where(std_O > 1e-3, std_O, 1)
+            gain_O = (self._std if layer == last else 1) / spread_O
             weight.copy_(weight_OH * gain_O[:, None])
             bias.copy_(-mean_O * gain_O)
             if layer < last:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cce_torchrec.hashing import hash_coefficients, hash_rows
-from cce_torchrec.methods.base import DecodeMethod, Decoder, TableSpec, check_positive, check_rows
+from cce_torchrec.methods.base import DecodeMethod, Decoder, TableSpec, check_bool, check_positive, check_rows
 
 
 class HashEmbeddingDecoder(Decoder):
@@ -95,8 +95,7 @@ class HashEmbedding(DecodeMethod):
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows, num_weights=self.num_weights)
         check_positive(num_hashes=self.num_hashes)
-        if not isinstance(self.concat_weights, bool):
-            raise ValueError(f"concat_weights={self.concat_weights!r} is not True or False.")
+        check_bool(concat_weights=self.concat_weights)
 
     def component_dim(self, embedding_dim: int) -> int:
         """D', dims of a component."""

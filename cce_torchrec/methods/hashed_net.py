@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from cce_torchrec.methods.base import DecodeMethod, Decoder, TableSpec
+from cce_torchrec.methods.base import DecodeMethod, Decoder, TableSpec, check_bool
 from cce_torchrec.methods.flat_memory import BlockDecoder, budget_cells, check_cells
 
 
@@ -34,6 +34,7 @@ class HashedNet(DecodeMethod):
 
     def __post_init__(self) -> None:
         check_cells(num_cells=self.num_cells)
+        check_bool(signed=self.signed)
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         return self.num_cells

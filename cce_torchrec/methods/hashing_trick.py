@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows, check_rows
+from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows, check_bool, check_rows
 from cce_torchrec.methods.ce import HashedRowMap
 
 
@@ -37,8 +37,7 @@ class HashingTrick(RowMethod):
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows)
-        if not isinstance(self.sign, bool):
-            raise ValueError(f"sign={self.sign!r} is neither True nor False.")
+        check_bool(sign=self.sign)
 
     def sizes(self) -> dict[str, Any]:
         sizes = super().sizes()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from cce_torchrec.methods.base import DecodeMethod, Decoder, TableSpec, check_positive
+from cce_torchrec.methods.base import DecodeMethod, Decoder, TableSpec, check_bool, check_positive
 from cce_torchrec.methods.flat_memory import BlockDecoder, budget_cells, check_cells, check_window
 
 _LARGEST_DEFAULT_BLOCK = 32
@@ -42,6 +42,7 @@ class ROBE(DecodeMethod):
         check_cells(num_cells=self.num_cells)
         check_positive(block_size=self.block_size)
         check_window(self.block_size, num_cells=self.num_cells)
+        check_bool(signed=self.signed)
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         if self.block_size > embedding_dim:

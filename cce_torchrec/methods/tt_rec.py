@@ -165,7 +165,7 @@ class TTRec(DecodeMethod):
     cores: int = 3
 
     def __post_init__(self) -> None:
-        if self.cores not in _CORES:
+        if not isinstance(self.cores, int) or self.cores not in _CORES:
             nearest = min(_CORES) if not isinstance(self.cores, int) or self.cores < min(_CORES) else max(_CORES)
             raise ValueError(f"cores={self.cores!r} is not one of {_CORES}; the nearest that works is {nearest}.")
         for bond in self.bonds:

@@ -5,12 +5,16 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from torchrec.modules.embedding_configs import PoolingType
+from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from tests.contract import test_budgets, test_collection, test_lookup, test_state
 from tests.contract.cases import Variant
 
-_CHOICES: dict[str, list[Any]] = {"pooling": [PoolingType.SUM, PoolingType.MEAN], "is_weighted": [False, True]}
+_CHOICES: dict[str, list[Any]] = {
+    "pooling": [PoolingType.SUM, PoolingType.MEAN],
+    "is_weighted": [False, True],
+    "data_type": [DataType.FP16, DataType.BF16],
+}
 
 
 def contract() -> list[Callable[..., None]]:

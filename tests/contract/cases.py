@@ -105,7 +105,7 @@ def functional(table: Table, weights: dict[str, Tensor]) -> Callable[[Tensor], T
         return None
     prefix = f"_decoders.{table.name}."
     own = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
-    part = copy.deepcopy(table.dense_part).to(next(iter(own.values())).dtype)
+    part = copy.deepcopy(table.dense_part)
     return lambda tensor: torch.func.functional_call(part, own, (tensor,))
 
 

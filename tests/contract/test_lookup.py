@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import DataType, PoolingType
+from torchrec.modules.embedding_configs import DataType, PoolingType, data_type_to_dtype
 
 from cce_torchrec import CompressedEmbeddingBagCollection
 from tests.contract.cases import VARIANTS, Variant, budgets, decode, is_bounded, make_table, parameters, table_of
@@ -76,14 +76,20 @@ def test_gradients_are_those_of_autograd_in_float64(variant: Variant, pooling: P
 
 @pytest.mark.parametrize("is_weighted", [False, True], ids=["unweighted", "weighted"])
 @every_pooling
+@pytest.mark.parametrize("data_type", [DataType.FP16, DataType.BF16], ids=lambda data_type: data_type.name)
 @every_method
-def test_half_precision_tables(variant: Variant, pooling: PoolingType, is_weighted: bool) -> None:
-    collection = build(variant, budgets(variant, V, D)[-2], is_weighted, data_type=DataType.FP16, pooling=pooling)
-    assert {parameter.dtype for parameter in parameters(collection).values()} == {torch.float16}
+def test_half_precision_tables(variant: Variant, data_type: DataType, pooling: PoolingType, is_weighted: bool) -> None:
+    collection = build(variant, budgets(variant, V, D)[-2], is_weighted, data_type=data_type, pooling=pooling)
+    for name, parameter in parameters(collection).items():
+        # TorchRec's own collection keeps rows of every type but float32 in float16.
+        is_rows = not name.startswith("_decoders.")
+        assert parameter.dtype == (torch.float16 if is_rows else data_type_to_dtype(data_type))
     out = collection(make_kjt({"f": BAGS}, {"f": WEIGHTS} if is_weighted else None))["f"]
     assert out.dtype == torch.float32
     expected = pool(collection.dense_weight("t"), BAGS, pooling, WEIGHTS if is_weighted else None)
     torch.testing.assert_close(out, expected, rtol=5e-3, atol=2e-2)
+    out.sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in parameters(collection).values())
 
 
 @every_method

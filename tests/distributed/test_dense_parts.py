@@ -25,6 +25,8 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from cce_torchrec import (
     CCE,
     CE,
+    METHODS,
+    QR,
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingBagConfig,
     CompressedStorageReservation,
@@ -32,10 +34,13 @@ from cce_torchrec import (
     parameter_constraints,
 )
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
+from cce_torchrec.config import method_of
 from cce_torchrec.distributed import ShardedCompressedEmbeddingBagCollection
+from cce_torchrec.methods import DHE, ROBE, CCERobe, HashedNet, HashEmbedding, LowDim, TTRec
 from tests.distributed import test_pipelines
 from tests.distributed.harness import RankError, RankPool, run_ranks
 from tests.distributed.models import CPU, EPS, LEARNING_RATE, ON_2, batch, physical_tables, shard
+from tests.distributed.models import mixed_tables as row_tables
 from tests.distributed.reference import loss_of, whole_state
 from tests.toys import Thin, Waves
 
@@ -69,6 +74,28 @@ def mixed_tables() -> list[EmbeddingBagConfig]:
         table("ce", 1000, ["k"], CE(num_rows=7, num_columns=2)),
         more_waves,
     ]
+
+
+def registry_tables() -> list[EmbeddingBagConfig]:
+    """Every method of the registry that has dense parameters, with a row method between; ids fit their features."""
+    mean = {"pooling": PoolingType.MEAN}
+    return [
+        table("qr_mult", 53, ["h"], QR(num_remainders=8, operation="mult")),
+        table("tt_rec", 101, ["f", "g"], TTRec(rank=3), **mean),
+        table("dhe", 1000, ["i"], DHE(width=6, num_hashes=20)),
+        table("dhe_layer", 1000, ["m"], DHE(width=6, num_hashes=20, norm="layer", encoding="gaussian"), **mean),
+        table("low_dim", 50, ["j"], LowDim(dim=8)),
+        table("hash_embedding", 1000, ["k", "g"], HashEmbedding(num_rows=11, num_weights=30), **mean),
+        table("cce", 101, ["g", "h"], CCE(num_rows=5, num_columns=2, num_helper_rows=6)),
+        table("low_dim_hashed", 1000, ["k"], LowDim(dim=8, num_rows=11), **mean),
+        table("concat_weights", 1000, ["i"], HashEmbedding(num_rows=11, num_weights=30, concat_weights=True)),
+        table("hashed_net", 1000, ["m"], HashedNet(num_cells=97), **mean),
+        table("robe", 1000, ["k"], ROBE(num_cells=97, block_size=5, signed=True)),
+        table("cce_robe", 37, ["o"], CCERobe(num_cells=53, num_columns=4, num_helper_cells=41), **mean),
+    ]
+
+
+TABLES = {"mixed": mixed_tables, "decode": decode_tables, "registry": registry_tables}
 
 
 class LossModel(nn.Module):
@@ -135,20 +162,20 @@ def compare_training(
     rank: int, world_size: int, dense: str, kind: str, places: str, device: str, weighted: bool
 ) -> None:
     torch.manual_seed(rank)  # replicas must be rank 0's nevertheless
-    tables = decode_tables if kind == "decode" else mixed_tables
+    tables = TABLES[kind]
     model, reference = LossModel(tables(), device, weighted), LossModel(tables(), is_weighted=weighted)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "._decoders." in name}
     apply_optimizers(model, dense)
     dmp = distribute(model, places)
     is_sharded = isinstance(dmp.module.collection, ShardedCompressedEmbeddingBagCollection)
-    assert is_sharded == (kind == "mixed")
+    assert is_sharded == (kind != "decode")
     state = whole_state(dmp)
     reference.load_state_dict(state)
     if device == "cpu" and rank == 0:  # what is replicated is rank 0's
         torch.testing.assert_close({n: state[n] for n in before}, before, rtol=0, atol=0)
     if device == "meta":
         fresh = LossModel(tables()).collection
-        for name in ("waves", "more_waves"):
+        for name in (table.name for table in fresh.decoded_tables):
             std = fresh.dense_weight(name).std()
             torch.testing.assert_close(reference.collection.dense_weight(name).std(), std, rtol=0.4, atol=0)
         for name, buffer in fresh.named_buffers():
@@ -181,6 +208,9 @@ CASES = [
     ("dense", "mixed", "planned", "cpu", False),
     ("dense", "decode", "planned", "cpu", True),
     ("dense", "decode", "planned", "meta", False),
+    ("dense", "registry", "row_wise", "cpu", False),
+    ("dense", "registry", "mixed", "cpu", True),
+    ("dense", "registry", "planned", "meta", False),
     ("in_backward", "mixed", "table_wise", "cpu", False),
     ("in_backward", "mixed", "data_parallel", "meta", True),
     ("in_backward", "decode", "planned", "cpu", False),
@@ -191,6 +221,12 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_training_on_2_ranks(ranks2: RankPool, case: tuple[str, str, str, str, bool]) -> None:
     ranks2.run(check_training, *case)
+
+
+def test_every_method_is_trained_on_ranks() -> None:
+    tables = [*registry_tables(), *row_tables()]
+    assert {method_of(table).key for table in tables} == set(METHODS)
+    assert [table.name for table in registry_tables() if not LossModel([table]).collection._decoders] == ["cce"]
 
 
 def check_names(rank: int, world_size: int) -> None:
@@ -266,12 +302,12 @@ def load_and_train(rank: int, world_size: int, path: str, kind: str) -> list[dic
 
 
 def in_backward_dmp(kind: str, device: str) -> DistributedModelParallel:
-    model = LossModel(decode_tables() if kind == "decode" else mixed_tables(), device)
+    model = LossModel(TABLES[kind](), device)
     apply_optimizers(model, "in_backward")
     return plan_by_planner(model)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "decode"])
+@pytest.mark.parametrize("kind", TABLES)
 def test_a_checkpoint_goes_on_as_if_uninterrupted(ranks2: RankPool, tmp_path: Path, kind: str) -> None:
     saved, expected = ranks2.run(train_and_save, str(tmp_path), kind)[0]
     torch.testing.assert_close(ranks2.run(load_and_train, str(tmp_path), kind)[0], [saved, expected])

@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 from torchrec.datasets.utils import Batch
 
+from cce_torchrec import METHODS
 from dlrm_example.cli import parse_config
 from dlrm_example.config import TrainConfig
 from dlrm_example.records import read_metrics, read_summary
@@ -47,9 +48,10 @@ def test_two_ranks_score_a_standing_model_like_one(
         assert together[0][name] == pytest.approx(alone[name], abs=1e-5), name
 
 
-def test_two_ranks_train_and_recluster(small_config: Callable[..., TrainConfig], ranks2: RankPool) -> None:
+@pytest.mark.parametrize("method", [key for key, method in METHODS.items() if method.reclusterable])
+def test_two_ranks_train_and_recluster(method: str, small_config: Callable[..., TrainConfig], ranks2: RankPool) -> None:
     settings = {"limit_train_batches": None, "batch_size": 5000, "epochs": 1}  # global batches of odd lengths
-    config = small_config(method="cce", compression=4.0, recluster_count=2, adagrad=True, **settings)
+    config = small_config(method=method, compression=4.0, recluster_count=2, adagrad=True, **settings)
     first, second = ranks2.run(run, config)
     times = {"train_seconds", "recluster_seconds"}
     assert {key: first[key] for key in first.keys() - times} == {key: second[key] for key in second.keys() - times}
@@ -58,7 +60,7 @@ def test_two_ranks_train_and_recluster(small_config: Callable[..., TrainConfig],
     assert sum(row["event"] == "recluster" for row in rows) == 2, "rows of rank 0 only"
 
 
-@pytest.mark.parametrize("method", ["full", "hashing_trick", "cce"])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_train_like_one_with_twice_the_batch(
     method: str, small_config: Callable[..., TrainConfig], ranks2: RankPool
 ) -> None:

@@ -26,7 +26,7 @@ from cce_torchrec import (
     ResidualCCE,
     recluster,
 )
-from cce_torchrec.methods import MethodConfig
+from cce_torchrec.methods import DHE, PQ, ROBE, CCERobe, HashedNet, HashEmbedding, LowDim, MethodConfig, TTRec
 from tests.unit.oracles import make_kjt
 
 V, D = 20, 8
@@ -118,12 +118,6 @@ def test_levels_of_residual_cce(levels: Any) -> None:
         ResidualCCE.from_budget(V, D, 1000, num_levels=levels)
 
 
-@pytest.mark.parametrize("sign", [1, "yes", None], ids=str)
-def test_a_sign_that_is_no_choice(sign: Any) -> None:
-    with pytest.raises(ValueError, match=f"sign={sign!r} is neither True nor False"):
-        HashingTrick(num_rows=5, sign=sign)
-
-
 def test_bloom_without_hashes() -> None:
     with pytest.raises(ValueError, match="num_hashes=0 is not a positive integer"):
         Bloom(num_rows=5, num_hashes=0)
@@ -142,6 +136,72 @@ def test_budget_too_small_names_the_smallest_one() -> None:
     assert CCE.from_budget(V, D, 16).num_params(V, D) == 16
     with pytest.raises(ValueError, match=r"residual_cce: a budget of 31 parameters .* smallest possible is 32"):
         ResidualCCE.from_budget(V, D, 31, num_levels=4)
+
+
+CANNOT_BE = [
+    (TTRec(rank=2, cores=4), 12, r"embedding_dim=12 is a product of 3 primes, too few for cores=4: cores=3 .*=16"),
+    (
+        ROBE(num_cells=100, block_size=17),
+        16,
+        r"block_size=17 is above embedding_dim=16.* nearest size that works is 16",
+    ),
+    (CCERobe(num_cells=3, num_columns=4), 16, r"num_cells=3 is smaller than a window of 4 .* that works is 4"),
+    (CCERobe(num_cells=9, num_columns=3), 16, r"embedding_dim=16 cannot be cut in num_columns=3 .* work are 2 and 4"),
+    (LowDim(dim=20), 16, r"dim=20 is above embedding_dim=16.* nearest that works is 16"),
+    (HashEmbedding(num_rows=3, num_weights=3, num_hashes=16, concat_weights=True), 16, "num_hashes=16 leaves .*=15 "),
+    (PQ(num_rows=3, num_columns=5), 16, r"embedding_dim=16 cannot be cut in num_columns=5 .* work are 4 and 8"),
+    (ResidualCCE(num_rows=3, num_columns=32), 16, r"embedding_dim=16 cannot be cut in num_columns=32 .* 16"),
+]
+
+
+@pytest.mark.parametrize(("method", "dim", "message"), CANNOT_BE, ids=lambda value: getattr(value, "key", ""))
+def test_sizes_that_do_not_fit_the_table(method: MethodConfig, dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        method.num_params(V, dim)
+    with pytest.raises(ValueError, match=f"Table 't': .*{message}"):
+        build(table(method, embedding_dim=dim))
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, "x"])
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *[
+            (TTRec, "rank"),
+            (TTRec, "cores"),
+            (ROBE, "block_size"),
+            (ROBE, "num_cells"),
+            (LowDim, "dim"),
+            (LowDim, "num_rows"),
+        ],
+        *[
+            (DHE, "width"),
+            (DHE, "depth"),
+            (DHE, "num_hashes"),
+            (HashEmbedding, "num_weights"),
+            (HashedNet, "num_cells"),
+        ],
+        *[(CCERobe, "num_helper_cells"), (CCERobe, "num_columns"), (PQ, "num_columns"), (ResidualCCE, "num_levels")],
+    ],
+)
+def test_budgets_with_a_size_that_cannot_be(method: type[MethodConfig], name: str, value: Any) -> None:
+    with pytest.raises(
+        ValueError, match=rf"{name}={re.escape(repr(value))} is not (a positive integer|one of .* works)"
+    ):
+        method.from_budget(V, 16, 10_000, **{name: value})
+
+
+@pytest.mark.parametrize("value", [1, "yes", None], ids=str)
+def test_choices_that_are_none(value: Any) -> None:
+    for name, make in {
+        "signed": lambda **fields: HashedNet(num_cells=9, **fields),
+        "concat_weights": lambda **fields: HashEmbedding(num_rows=9, num_weights=9, **fields),
+        "sign": lambda **fields: HashingTrick(num_rows=9, **fields),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}={value!r} is neither True nor False"):
+            make(**{name: value})
+    with pytest.raises(ValueError, match=f"signed={value!r} is neither True nor False"):
+        ROBE(num_cells=9, block_size=2, signed=value)
 
 
 def test_names_that_collide_once_cut_in_columns() -> None:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig
 from cce_torchrec.methods import DHE
 from cce_torchrec.methods import dhe as module
 from cce_torchrec.methods.dhe import DHEDecoder
 from tests.unit.decoders import build, check_against_dense, check_budgets, check_decoder, initial_std, largest_tensor
-from tests.unit.oracles import python_hash
+from tests.unit.oracles import make_kjt, python_hash
 
 V, D = 37, 6
 METHODS = [
@@ -126,6 +127,23 @@ def test_batch_norm_is_that_of_the_batch_in_training_and_running_outside() -> No
     assert torch.equal(twin(ids_N), decoder(ids_N))
 
 
+def test_the_dense_table_of_a_batch_norm_is_that_of_inference() -> None:
+    method = DHE(width=8, num_hashes=16, norm="batch")
+    table = CompressedEmbeddingBagConfig(
+        name="t", num_embeddings=V, embedding_dim=8, feature_names=["f"], method=method
+    )
+    collection, features = CompressedEmbeddingBagCollection(tables=[table]), make_kjt({"f": [[v] for v in range(V)]})
+    collection(features)  # the statistics have moved on
+    before = {name: value.clone() for name, value in collection.state_dict().items()}
+    dense = collection.dense_weight("t")
+    assert collection.training
+    assert all(part.training for part in collection.modules())
+    torch.testing.assert_close(collection.state_dict(), before, rtol=0, atol=0)
+    assert not torch.allclose(collection(features)["f"], dense)
+    collection.load_state_dict(before)
+    torch.testing.assert_close(collection.eval()(features)["f"].detach(), dense)
+
+
 def test_the_tables_name_and_the_seed_choose_the_hashes() -> None:
     def encode(seed: int, name: str) -> Tensor:
         decoder = build(DHE(width=2, num_hashes=4, seed=seed), V, D, name=name)
@@ -156,6 +174,13 @@ def test_initial_vectors_have_the_spread_of_the_full_table(
     width = max(width, 2) if norm == "layer" else width  # the layer norm of one unit is 0
     method = DHE(width=width, num_hashes=num_hashes, depth=depth, activation=activation, encoding=kind, norm=norm)
     assert initial_std(method, 10**6, 16, draws=3) == pytest.approx(1, rel=0.1)
+
+
+def test_units_that_are_the_same_for_all_ids_are_not_scaled() -> None:
+    for depth in range(1, 12):  # the layer norm of two units is (1, -1) or (-1, 1)
+        decoder = build(DHE(width=2, num_hashes=1, depth=depth, norm="layer"), V, D, dtype=torch.float16)
+        assert decoder(torch.arange(V)).isfinite().all()
+        assert max(float(parameter.detach().abs().max()) for parameter in decoder.parameters()) < 1e4
 
 
 def test_initial_vectors_of_different_ids_are_not_alike() -> None:
