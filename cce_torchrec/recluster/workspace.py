@@ -16,6 +16,7 @@ from cce_torchrec.native.nearest import MAX_BOUND_BYTES, MAX_GROUPS
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.nearest import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 
+_SPREAD = 1.1  # the sample is a random one, of about its size
 _POINT_BYTES = 128  # of a sampled id, beside its vector: ids, weights, distances and draws, in 8 bytes each
 _ID_BYTES = 96  # of an id of a batch, beside its vector and rows
 _VECTOR_COPIES = 6  # of 4 bytes: float32 vectors, residuals, and their float64 forms
@@ -35,7 +36,7 @@ def recluster_workspace(
 
     Args:
         row_map: of the table, whole; may be on "meta".
-        config: of the re-clustering, with ``optimizer_state="reset"``.
+        config: of the re-clustering, which is to have ``optimizer_state="reset"`` and no ``id_weights``.
         world_size: ranks that share the work.
         device_type: "cpu" or "cuda", which hold different numbers of distances at a time.
         is_sharded: whether each rank holds the assignments of its own ids only.
@@ -54,7 +55,7 @@ def recluster_workspace(
     share = -(-num_ids // world_size)
     own_assignments = share * (assignments // num_ids)
     held = (own_assignments if is_sharded else assignments) + params
-    points = min(share, -(-2 * config.points_per_centroid * row_map.level_rows // world_size))
+    points = min(share, -(-int(_SPREAD * config.points_per_centroid * row_map.level_rows) // world_size) + 1000)
     sample = points * (_POINT_BYTES + 3 * 4 * dim) + min(MAX_BOUND_BYTES, points * 4 * MAX_GROUPS)
     batch = min(config.decode_batch_size, share)
     lookups = columns * row_map.rows_per_id * 8
