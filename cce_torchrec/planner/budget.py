@@ -70,10 +70,10 @@ def plan_compression(
 
     Example:
         >>> tables = [
-        ...     EmbeddingBagConfig(name="t_item", num_embeddings=1_000_000, embedding_dim=32, feature_names=["item"]),
+        ...     EmbeddingBagConfig(name="t_item", num_embeddings=10_000_000, embedding_dim=32, feature_names=["item"]),
         ...     EmbeddingBagConfig(name="t_day", num_embeddings=7, embedding_dim=32, feature_names=["day"]),
         ... ]
-        >>> plan = plan_compression(tables, budget_bytes=64_000_000, statistics={"t_item": 5000, "t_day": 1000})
+        >>> plan = plan_compression(tables, budget_bytes=600_000_000, statistics={"t_item": 5000, "t_day": 1000})
         >>> {name: method.key for name, method in plan.methods.items()}
         {'t_item': 'cce', 't_day': 'full'}
     """

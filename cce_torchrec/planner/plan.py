@@ -63,9 +63,9 @@ class BudgetPlan:
     Example:
         >>> from torchrec import EmbeddingBagConfig
         >>> from cce_torchrec import plan_compression
-        >>> item = EmbeddingBagConfig(name="t_item", num_embeddings=100_000, embedding_dim=16, feature_names=["item"])
-        >>> plan = plan_compression([item], budget_bytes=20_000_000)
-        >>> plan.total_bytes <= 20_000_000 and plan.methods["t_item"].key
+        >>> item = EmbeddingBagConfig(name="t_item", num_embeddings=10_000_000, embedding_dim=16, feature_names=["item"])
+        >>> plan = plan_compression([item], budget_bytes=500_000_000)
+        >>> plan.total_bytes <= 500_000_000 and plan.methods["t_item"].key
         'cce'
     """
 

@@ -61,6 +61,8 @@ def recluster_workspace(
     lookups = columns * row_map.rows_per_id * 8
     batches = batch * (_ID_BYTES + 3 * lookups + _VECTOR_COPIES * 4 * dim)
     books = 2 * params + 2 * (2 * 8 * rows + 2 * params) + 3 * 8 * row_map.level_rows * (dim + 1)
-    scores = 4 * (CUDA_BLOCK_ELEMENTS if device_type == "cuda" else CPU_BLOCK_ELEMENTS)
+    at_once = CUDA_BLOCK_ELEMENTS if device_type == "cuda" else CPU_BLOCK_ELEMENTS
+    padded_rows = row_map.level_rows + 64
+    scores = 4 * min(max(points, batch) * padded_rows, max(at_once, 64 * padded_rows))
     gathered = 0 if is_sharded or world_size == 1 else assignments + 2 * own_assignments
     return Workspace(held=held, transient=books + max(max(sample, batches) + scores, gathered))
