@@ -105,7 +105,8 @@ def plan_compression(
     if allocation is None:
         raise ValueError(
             f"budget_bytes={budget_bytes:,} is too small for the {len(tables)} tables on {world_size} devices: the smallest "
-            f"that works is {smallest_budget(options):,}. Raise it, include more tables, or let methods choose more freely."
+            f"that works is {smallest_budget(options):,}. Raise it, include more tables, fix less of the methods, or "
+            "re-cluster with a smaller decode_batch_size."
         )
     plan = BudgetPlan(
         tables=tuple(
