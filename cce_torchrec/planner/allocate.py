@@ -85,11 +85,9 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation | N
         >>> allocate([[Option(10, 0, 0.0), Option(2, 5, 1.0)], [Option(4, 0, 0.0), Option(1, 0, 0.3)]], 11).chosen
         (0, 1)
     """
-    problems = []
-    for ceiling in sorted({option.transient for of_table in options for option in of_table}):
-        problem = _under(options, ceiling, budget - ceiling)
-        if problem is not None:
-            problems.append(problem)
+    arrays = [_Arrays(*map(np.array, zip(*of_table, strict=True))) for of_table in options]
+    ceilings = sorted({option.transient for of_table in options for option in of_table})
+    problems = [p for ceiling in ceilings if (p := _under(arrays, ceiling, budget - ceiling)) is not None]
     best: tuple[int, ...] | None = None
     best_loss = dropped = np.inf
     for problem in sorted(problems, key=lambda problem: problem.bound):
@@ -105,13 +103,20 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation | N
     return Allocation(best, float(best_loss), max(0.0, float(best_loss - dropped)))
 
 
-def _under(options: Sequence[Sequence[Option]], ceiling: int, budget: int) -> _Knapsack | None:
+class _Arrays(NamedTuple):
+    """The options of one table, by field."""
+
+    held: np.ndarray
+    transient: np.ndarray
+    loss: np.ndarray
+
+
+def _under(options: Sequence[_Arrays], ceiling: int, budget: int) -> _Knapsack | None:
     """The knapsack of the options up to ``ceiling``, with its price of a byte; ``None`` where nothing fits."""
     numbers, held, loss = [], [], []
     for of_table in options:
-        fitting = np.array([i for i, option in enumerate(of_table) if option.transient <= ceiling], dtype=np.int64)
-        sizes = np.array([of_table[i].held for i in fitting], dtype=np.int64)
-        losses = np.array([of_table[i].loss for i in fitting])
+        fitting = np.flatnonzero(of_table.transient <= ceiling)
+        sizes, losses = of_table.held[fitting], of_table.loss[fitting]
         keep = _undominated(sizes, losses)
         numbers.append(fitting[keep])
         held.append(sizes[keep])

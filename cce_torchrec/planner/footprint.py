@@ -1,10 +1,11 @@
 """What a table takes of the memory of each device: everything, not only its codebooks."""
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, data_type_to_dtype
 
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.methods import RowMethod
@@ -69,7 +70,21 @@ def footprint(table: EmbeddingBagConfig, method: RowMethod, placement: Placement
         placement: "replicated" is whole on each device, "row_wise" ceil(rows / devices) of them, "table_wise" whole on one.
         devices: where.
     """
-    row_map = method.row_map(table.name, table.num_embeddings, table.embedding_dim, torch.device("meta"))
+    size = (table.num_embeddings, table.embedding_dim, table.data_type, has_sharded_assignments(table))
+    return _footprint(*size, method, placement, devices)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # tables of one size are alike, and there may be a thousand of them
+def _footprint(
+    num_embeddings: int,
+    embedding_dim: int,
+    data_type: DataType,
+    is_sharded: bool,
+    method: RowMethod,
+    placement: Placement,
+    devices: Devices,
+) -> Footprint:
+    row_map = method.row_map("t", num_embeddings, embedding_dim, torch.device("meta"))
     parts = devices.world_size if placement == "row_wise" else 1
     sizes = [(-(-column.num_rows // parts), column.dim) for column in row_map.columns]
     num_params = sum(rows * dim for rows, dim in sizes)
@@ -77,13 +92,13 @@ def footprint(table: EmbeddingBagConfig, method: RowMethod, placement: Placement
         state = 4 * sum(rows for rows, _ in sizes)
     else:
         state = 4 * _STATES[devices.optimizer] * num_params
-    codebooks = num_params * data_type_to_dtype(table.data_type).itemsize
+    codebooks = num_params * data_type_to_dtype(data_type).itemsize
     assignments, workspace, transient = row_map.stored_bytes(), 0, 0
     if isinstance(row_map, CCERowMap):
         workspace, transient = recluster_workspace(
-            row_map, devices.recluster, devices.world_size, devices.device_type, has_sharded_assignments(table)
+            row_map, devices.recluster, devices.world_size, devices.device_type, is_sharded
         )
-        if has_sharded_assignments(table):
+        if is_sharded:
             of_ids = row_map.assignments.numel() * row_map.assignments.element_size()
             block = -(-row_map.num_embeddings // devices.world_size) * (of_ids // row_map.num_embeddings)
             assignments += block - of_ids

@@ -37,6 +37,14 @@ def test_the_least_loss_of_all_choices(tables: list[list[Option]], budget: int) 
     assert allocation.loss == pytest.approx(least, abs=1e-11)
 
 
+def test_the_maximum_with_the_best_bound_is_not_always_the_best() -> None:
+    """Without transient bytes half of the large option would fit, and it is in whole ones that it does not."""
+    options = [[Option(0, 0, 1.0), Option(10, 0, 0.0), Option(4, 1, 0.6)]]
+    allocation = allocate(options, 5)
+    assert allocation is not None
+    assert allocation.chosen == (2,)
+
+
 def test_bytes_of_real_sizes() -> None:
     """Losses of a millionth beside prices times budgets of gigabytes: rounding must prune nothing that wins."""
     scale = 10**9
