@@ -27,7 +27,13 @@ from cce_torchrec.methods import (
     TTRec,
     mixed_dimensions,
 )
-from cce_torchrec.planner import BudgetPlan, CompressedStorageReservation, parameter_constraints, plan_compression
+from cce_torchrec.planner import (
+    BudgetPlan,
+    CompressedStorageEstimator,
+    CompressedStorageReservation,
+    parameter_constraints,
+    plan_compression,
+)
 from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
 from cce_torchrec.swap import CompressionRule, compress
 
@@ -45,6 +51,7 @@ __all__ = [
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
+    "CompressedStorageEstimator",
     "CompressedStorageReservation",
     "CompressionRule",
     "FullTable",

@@ -4,5 +4,13 @@ from cce_torchrec.planner.budget import plan_compression
 from cce_torchrec.planner.constraints import parameter_constraints
 from cce_torchrec.planner.plan import BudgetPlan, PlannedTable
 from cce_torchrec.planner.reservation import CompressedStorageReservation
+from cce_torchrec.planner.storage import CompressedStorageEstimator
 
-__all__ = ["BudgetPlan", "CompressedStorageReservation", "PlannedTable", "parameter_constraints", "plan_compression"]
+__all__ = [
+    "BudgetPlan",
+    "CompressedStorageEstimator",
+    "CompressedStorageReservation",
+    "PlannedTable",
+    "parameter_constraints",
+    "plan_compression",
+]

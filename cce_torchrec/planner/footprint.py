@@ -88,10 +88,7 @@ def _footprint(
     parts = devices.world_size if placement == "row_wise" else 1
     sizes = [(-(-column.num_rows // parts), column.dim) for column in row_map.columns]
     num_params = sum(rows * dim for rows, dim in sizes)
-    if devices.optimizer == "rowwise_adagrad":
-        state = 4 * sum(rows for rows, _ in sizes)
-    else:
-        state = 4 * _STATES[devices.optimizer] * num_params
+    state = optimizer_bytes(devices.optimizer, sum(rows for rows, _ in sizes), num_params)
     codebooks = num_params * data_type_to_dtype(data_type).itemsize
     assignments, workspace, transient = row_map.stored_bytes(), 0, 0
     if isinstance(row_map, CCERowMap):
@@ -110,6 +107,11 @@ def _footprint(
         workspace=workspace,
         transient=_rounded_up(transient),
     )
+
+
+def optimizer_bytes(optimizer: OptimizerName, num_rows: int, num_params: int) -> int:
+    """The state of an optimizer, in float32: one number a row, or some a parameter."""
+    return 4 * (num_rows if optimizer == "rowwise_adagrad" else _STATES[optimizer] * num_params)
 
 
 def _rounded_up(transient: int) -> int:
