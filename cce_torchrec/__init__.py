@@ -29,6 +29,7 @@ from cce_torchrec.methods import (
 )
 from cce_torchrec.planner import (
     BudgetPlan,
+    CompressedPerfEstimator,
     CompressedStorageEstimator,
     CompressedStorageReservation,
     parameter_constraints,
@@ -51,6 +52,7 @@ __all__ = [
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
+    "CompressedPerfEstimator",
     "CompressedStorageEstimator",
     "CompressedStorageReservation",
     "CompressionRule",

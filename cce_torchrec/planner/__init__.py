@@ -2,12 +2,14 @@
 
 from cce_torchrec.planner.budget import plan_compression
 from cce_torchrec.planner.constraints import parameter_constraints
+from cce_torchrec.planner.perf import CompressedPerfEstimator
 from cce_torchrec.planner.plan import BudgetPlan, PlannedTable
 from cce_torchrec.planner.reservation import CompressedStorageReservation
 from cce_torchrec.planner.storage import CompressedStorageEstimator
 
 __all__ = [
     "BudgetPlan",
+    "CompressedPerfEstimator",
     "CompressedStorageEstimator",
     "CompressedStorageReservation",
     "PlannedTable",

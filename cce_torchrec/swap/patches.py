@@ -3,7 +3,8 @@
 * ``EmbeddingBagCollection(...)`` with a table that a rule matches makes a :class:`CompressedEmbeddingBagCollection`. Its
   full tables are never built.
 * ``get_default_sharders()`` has our sharders, as after :func:`register_sharders`.
-* ``EmbeddingShardingPlanner`` plans with :func:`parameter_constraints` and :class:`CompressedStorageReservation`.
+* ``EmbeddingShardingPlanner`` plans with :func:`parameter_constraints`, :class:`CompressedStorageReservation` and our
+  estimators.
 * ``DistributedModelParallel(...)`` is re-clustered on schedule, before the training step that follows.
 """
 
@@ -29,7 +30,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import method_of
 from cce_torchrec.methods import FullTable
-from cce_torchrec.planner import CompressedStorageReservation, parameter_constraints
+from cce_torchrec.planner import (
+    CompressedPerfEstimator,
+    CompressedStorageEstimator,
+    CompressedStorageReservation,
+    parameter_constraints,
+)
 from cce_torchrec.recluster import ReclusterSchedule
 from cce_torchrec.recluster.step import Collection, check_sharders, reclusterable_tables
 from cce_torchrec.replace import with_method
@@ -191,6 +197,9 @@ def _make_planner(original: Callable[..., None], planner: EmbeddingShardingPlann
     bound.arguments["constraints"] = dict(given)  # which its estimators share
     original(*bound.args, **bound.kwargs)
     planner._logical_constraints = given
+    if bound.arguments.get("enumerator") is None:
+        known = (planner._topology, planner._constraints)
+        planner._enumerator._estimators = [CompressedPerfEstimator(*known), CompressedStorageEstimator(*known)]
     if not isinstance(planner._storage_reservation, CompressedStorageReservation):
         planner._storage_reservation = CompressedStorageReservation(planner._storage_reservation)
 
