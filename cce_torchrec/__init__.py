@@ -27,7 +27,14 @@ from cce_torchrec.methods import (
     TTRec,
     mixed_dimensions,
 )
-from cce_torchrec.planner import CompressedStorageReservation, parameter_constraints
+from cce_torchrec.planner import (
+    BudgetPlan,
+    CompressedPerfEstimator,
+    CompressedStorageEstimator,
+    CompressedStorageReservation,
+    parameter_constraints,
+    plan_compression,
+)
 from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
 from cce_torchrec.swap import CompressionRule, compress
 
@@ -40,10 +47,13 @@ __all__ = [
     "QR",
     "ROBE",
     "Bloom",
+    "BudgetPlan",
     "CCERobe",
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
+    "CompressedPerfEstimator",
+    "CompressedStorageEstimator",
     "CompressedStorageReservation",
     "CompressionRule",
     "FullTable",
@@ -62,5 +72,6 @@ __all__ = [
     "get_sharders",
     "mixed_dimensions",
     "parameter_constraints",
+    "plan_compression",
     "recluster",
 ]

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.optim import Optimizer
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, data_type_to_dtype
 
-from cce_torchrec.config import method_of
-from cce_torchrec.lowering import DecodedTable, Table
+from cce_torchrec.config import CompressedEmbeddingBagConfig, method_of
+from cce_torchrec.lowering import DecodedTable, Table, decoded_tables, lower_tables
+from cce_torchrec.methods import MethodConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,3 +149,14 @@ def memory_report(
             )
         )
     return MemoryReport(tables=tuple(report))
+
+
+def stored_bytes(method: MethodConfig, num_embeddings: int, embedding_dim: int) -> int:
+    """Bytes of the float32 parameters and of all else that a table of a method stores; nothing is allocated."""
+    config = CompressedEmbeddingBagConfig(
+        name="t", num_embeddings=num_embeddings, embedding_dim=embedding_dim, feature_names=["f"], method=method
+    )
+    meta = torch.device("meta")
+    tables: list[Table] = [*lower_tables([config], [meta]), *decoded_tables([config], meta)]
+    total = memory_report([config], tables, {}, None).total
+    return total.codebook_bytes + total.assignment_bytes

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
@@ -31,6 +32,13 @@ def present_methods(collection: Collection) -> dict[str, MethodConfig]:
     return {c.name: method_of(c) if is_compressed else FullTable() for c in collection.embedding_bag_configs()}
 
 
+def with_method(config: EmbeddingBagConfig, method: MethodConfig) -> CompressedEmbeddingBagConfig:
+    """The config of the same table with another method."""
+    return CompressedEmbeddingBagConfig(
+        **{f.name: getattr(config, f.name) for f in fields(config)} | {"method": method}
+    )
+
+
 @torch.no_grad()
 def replace_tables(
     collection: Collection, methods: Mapping[str, MethodConfig], fit: Fit | None
@@ -44,9 +52,7 @@ def replace_tables(
     """
     present = present_methods(collection)
     tables = [
-        CompressedEmbeddingBagConfig(
-            **{f.name: getattr(config, f.name) for f in fields(config)} | {"method": methods.get(config.name, method)}
-        )
+        with_method(config, methods.get(config.name, method))
         for config, method in zip(collection.embedding_bag_configs(), present.values(), strict=True)
     ]
     is_compressed = isinstance(collection, CompressedEmbeddingBagCollection)

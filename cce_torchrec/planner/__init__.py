@@ -1,6 +1,18 @@
-"""Compressed tables in TorchRec's sharding planner."""
+"""TorchRec's sharding planner for compressed collections, and planning compression for a budget."""
 
+from cce_torchrec.planner.budget import plan_compression
 from cce_torchrec.planner.constraints import parameter_constraints
+from cce_torchrec.planner.perf import CompressedPerfEstimator
+from cce_torchrec.planner.plan import BudgetPlan, PlannedTable
 from cce_torchrec.planner.reservation import CompressedStorageReservation
+from cce_torchrec.planner.storage import CompressedStorageEstimator
 
-__all__ = ["CompressedStorageReservation", "parameter_constraints"]
+__all__ = [
+    "BudgetPlan",
+    "CompressedPerfEstimator",
+    "CompressedStorageEstimator",
+    "CompressedStorageReservation",
+    "PlannedTable",
+    "parameter_constraints",
+    "plan_compression",
+]

@@ -22,7 +22,8 @@ class ReclusterSchedule:
     With n re-clusterings in the first S = stop_after_fraction * total_steps steps, they come after steps S/n, 2S/n, ..., S.
 
     Args:
-        total_steps: length of the training, in optimizer steps.
+        total_steps: length of the training, in optimizer steps; ``None`` where it is not known: then it goes by
+            ``every_steps`` until the end.
         count: n, how many re-clusterings. Few are better than many: each disturbs what the optimizer has settled.
         stop_after_fraction: none after this part of the training, so that the last codebooks are trained out.
         every_steps: instead of ``count``: one every so many steps.
@@ -30,14 +31,14 @@ class ReclusterSchedule:
         config: of the re-clusterings.
 
     Raises:
-        ValueError: sizes below 1, a fraction outside (0, 1].
+        ValueError: sizes below 1, a fraction outside (0, 1], neither ``total_steps`` nor ``every_steps``.
 
     Example:
         >>> ReclusterSchedule(total_steps=1000, count=4).steps
         (200, 400, 600, 800)
     """
 
-    total_steps: int
+    total_steps: int | None
     count: int = 6
     stop_after_fraction: float = 0.8
     every_steps: int | None = None
@@ -45,7 +46,11 @@ class ReclusterSchedule:
     config: ReclusterConfig = field(default_factory=ReclusterConfig)
 
     def __post_init__(self) -> None:
-        check_positive(total_steps=self.total_steps, count=self.count)
+        check_positive(count=self.count)
+        if self.total_steps is not None:
+            check_positive(total_steps=self.total_steps)
+        elif self.every_steps is None:
+            raise ValueError("total_steps=None needs every_steps: give one of both.")
         if self.every_steps is not None:
             check_positive(every_steps=self.every_steps)
         if not 0 < self.stop_after_fraction <= 1:
@@ -53,11 +58,20 @@ class ReclusterSchedule:
 
     @cached_property
     def steps(self) -> tuple[int, ...]:
-        """After which steps it re-clusters."""
+        """After which steps it re-clusters, where ``total_steps`` is known."""
+        if self.total_steps is None:
+            raise ValueError("total_steps=None: a training of unknown length has no list of steps; ask is_due(step).")
         last = int(round(self.total_steps * self.stop_after_fraction, 6))  # 0.29 * 100 is 28.999999999999996
         if self.every_steps is not None:
             return tuple(range(self.every_steps, last + 1, self.every_steps))
         return tuple(sorted({step for i in range(self.count) if (step := last * (i + 1) // self.count) > 0}))
+
+    def is_due(self, completed_steps: int) -> bool:
+        """Whether it re-clusters after so many steps."""
+        if self.total_steps is None:
+            assert self.every_steps is not None
+            return completed_steps > 0 and completed_steps % self.every_steps == 0
+        return completed_steps in self.steps
 
     def step(
         self, completed_steps: int, module: nn.Module, *, optimizer: Optimizer | None = None, process_group: Any = None
@@ -73,7 +87,7 @@ class ReclusterSchedule:
         Returns:
             The report, or ``None`` where nothing was due.
         """
-        if completed_steps not in self.steps:
+        if not self.is_due(completed_steps):
             return None
         report = recluster(
             module,
@@ -82,5 +96,5 @@ class ReclusterSchedule:
             process_group=process_group,
             optimizer=optimizer,
         )
-        logger.info("Re-clustered after step %d of %d:\n%s", completed_steps, self.total_steps, report)
+        logger.info("Re-clustered after step %d of %s:\n%s", completed_steps, self.total_steps or "?", report)
         return report

@@ -117,14 +117,20 @@ def _decoder(table: DecodedTable) -> CCERobeDecoder:
     return table.decoder
 
 
-def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping[str, Tensor]) -> None:
-    for collection in collections:
-        inner = collection._embedding_bag_collection
-        if isinstance(collection, CompressedEmbeddingBagCollection) and not isinstance(inner, EmbeddingBagCollection):
+def check_sharders(module: nn.Module) -> None:
+    """Raise a ``ValueError`` where TorchRec's sharders have sharded what is inside a compressed collection."""
+    for collection in module.modules():
+        if isinstance(collection, CompressedEmbeddingBagCollection) and not isinstance(
+            collection._embedding_bag_collection, EmbeddingBagCollection
+        ):
             raise ValueError(
                 "A compressed collection was sharded by TorchRec's sharders alone, which only see what is inside it: "
                 "pass sharders=cce_torchrec.get_sharders() to DistributedModelParallel and to the planner."
             )
+
+
+def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping[str, Tensor]) -> None:
+    check_sharders(module)
     tables = {table.name: table for collection in collections for table in reclusterable_tables(collection)}
     if not tables:
         methods = [key for key, method in METHODS.items() if method.reclusterable]

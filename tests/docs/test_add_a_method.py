@@ -10,7 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from cce_torchrec import METHODS, CompressedEmbeddingBagCollection, CompressionRule, methods, swap
+from cce_torchrec import METHODS, CompressedEmbeddingBagCollection, CompressionRule, methods
+from cce_torchrec.swap import rules
 from tests.contract.apart import contract, run
 from tests.contract.cases import decode, make_table, parameters
 from tests.docs.markdown import ROOT, blocks
@@ -38,7 +39,7 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleTyp
         spec.loader.exec_module(modules[key])
         monkeypatch.setitem(METHODS, key, getattr(modules[key], class_name))  # the dict that every module shares
         assert METHODS[key].key == key
-    assert methods.METHODS is swap.METHODS is METHODS
+    assert methods.METHODS is rules.METHODS is METHODS
     return modules
 
 

@@ -1,98 +1,18 @@
 """Swapping compressed collections into an existing model."""
 
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.methods import METHODS, FullTable, MethodConfig
 from cce_torchrec.recluster import ReclusterConfig
 from cce_torchrec.replace import Collection, Fit, present_methods, replace_tables
+from cce_torchrec.swap.rules import CompressionPlan, CompressionRule, Rules, choose
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressionRule:
-    """Which tables a method applies to, and how small it makes them.
-
-    A table matches where it has at least ``min_num_embeddings`` ids and ``tables`` matches its whole name.
-
-    Args:
-        method: a key of :data:`cce_torchrec.METHODS`.
-        min_num_embeddings: smaller tables do not match.
-        tables: a regular expression over table names.
-        compression: the table's parameters divided by this are its budget; or
-        num_params: its budget in parameters; or neither, where ``options`` fix its size.
-        options: fields of the method's config.
-
-    Raises:
-        ValueError: an unknown method, two budgets at once, a ratio below 1.
-
-    Example:
-        >>> CompressionRule(method="cce", min_num_embeddings=10_000, compression=16).matches("t_item", 1_000_000)
-        True
-    """
-
-    method: str
-    min_num_embeddings: int = 0
-    tables: str = ".*"
-    compression: float | None = None
-    num_params: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown; the methods are {', '.join(METHODS)}.")
-        if self.compression is not None and self.num_params is not None:
-            raise ValueError(
-                f"compression={self.compression} and num_params={self.num_params} are two budgets: give one."
-            )
-        if self.compression is not None and not (isinstance(self.compression, int | float) and self.compression >= 1):
-            raise ValueError(f"compression={self.compression!r} is below 1 or not a number; 16 is 16 times smaller.")
-        try:
-            re.compile(self.tables)
-        except re.error as error:
-            raise ValueError(f"tables={self.tables!r} is not a regular expression: {error}.") from None
-        unknown = set(self.options) - {f.name for f in fields(METHODS[self.method])}
-        if unknown:
-            known = [f.name for f in fields(METHODS[self.method])]
-            raise ValueError(f"options {sorted(unknown)} are not fields of {self.method!r}; those are {known}.")
-
-    def matches(self, table: str, num_embeddings: int) -> bool:
-        """Whether the rule applies to a table."""
-        return num_embeddings >= self.min_num_embeddings and re.fullmatch(self.tables, table) is not None
-
-    def method_for(self, num_embeddings: int, embedding_dim: int) -> MethodConfig:
-        """The config for a table of this size."""
-        method = METHODS[self.method]
-        if self.num_params is not None:
-            return method.from_budget(num_embeddings, embedding_dim, self.num_params, **self.options)
-        if self.compression is not None:
-            budget = int(num_embeddings * embedding_dim / self.compression)
-            return method.from_budget(num_embeddings, embedding_dim, budget, **self.options)
-        try:
-            return method(**self.options)
-        except TypeError as error:
-            raise ValueError(
-                f"{self.method!r} needs a size: give compression, num_params, or options ({error})."
-            ) from None
-
-
-@runtime_checkable
-class CompressionPlan(Protocol):
-    """Anything that has chosen a method config by table name."""
-
-    methods: Mapping[str, MethodConfig]
-
-
-Rules = Mapping[str, MethodConfig] | Sequence[CompressionRule] | CompressionPlan
 
 
 def compress(
@@ -207,7 +127,7 @@ def _replacement(collection: Collection, rules: Rules, fit: Fit | None) -> Compr
         if not is_full and not isinstance(rules, Mapping | CompressionPlan):
             continue  # such rules are for what is not compressed yet
         try:
-            method = _choose(config, rules)
+            method = choose(config, rules)
             if method is not None:
                 if not is_full:
                     raise ValueError(f"{present[config.name]} compresses it already: only full tables can be replaced.")
@@ -230,14 +150,3 @@ def _check_can_be_fitted(method: MethodConfig, collection: Collection) -> None:
         )
     if collection.device.type == "meta":
         raise ValueError("from_trained=True needs trained weights, but these are on the meta device: load them first.")
-
-
-def _choose(config: EmbeddingBagConfig, rules: Rules) -> MethodConfig | None:
-    """The method of one table, or ``None`` where it stays full."""
-    if isinstance(rules, CompressionPlan):
-        rules = rules.methods
-    if isinstance(rules, Mapping):
-        return rules.get(config.name)
-    matching = (rule for rule in rules if rule.matches(config.name, config.num_embeddings))
-    rule = next(matching, None)
-    return None if rule is None else rule.method_for(config.num_embeddings, config.embedding_dim)

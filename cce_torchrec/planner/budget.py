@@ -1,0 +1,231 @@
+"""Fitting tables into memory: which method and size each table gets, so that all of it fits each device."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple, TypeAlias, get_args
+
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+
+from cce_torchrec.config import check_tables
+from cce_torchrec.methods import METHODS, FullTable, MethodConfig, RowMethod
+from cce_torchrec.methods.base import check_positive
+from cce_torchrec.planner.allocate import Option, allocate, smallest_budget
+from cce_torchrec.planner.expected_loss import PLANNABLE, expected_loss
+from cce_torchrec.planner.footprint import Devices, Footprint, OptimizerName, Placement, footprint
+from cce_torchrec.planner.plan import BudgetPlan, PlannedTable
+from cce_torchrec.planner.traffic import Statistics, Traffic, traffic_of
+from cce_torchrec.recluster import ReclusterConfig
+
+_SIZES_A_DOUBLING = 8
+_MOST_COLUMNS = 16
+Methods: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
+
+
+def plan_compression(
+    tables: Sequence[EmbeddingBagConfig],
+    *,
+    budget_bytes: int,
+    statistics: Statistics | None = None,
+    methods: Methods = ("cce",),
+    world_size: int = 1,
+    include: str = ".*",
+    optimizer: OptimizerName = "rowwise_adagrad",
+    recluster: ReclusterConfig | None = None,
+    device_type: str = "cuda",
+) -> BudgetPlan:
+    """Choose a method and a size for every table so that they fit a device's memory and lose least.
+
+        minimise    sum_t traffic_t * loss_t(m_t)        over one candidate m_t for each table t
+        such that   sum_t held_t(m_t) + max_t transient_t(m_t) <= budget_bytes
+
+    ``traffic_t`` is the share of all lookups that go to table t, ``loss_t`` the share of the energy of its vectors that a
+    model of hashing and quantisation expects to be lost (``planner/expected_loss.py``; 0 for a full table), ``held_t`` its
+    codebooks, their gradients and optimizer state, assignments, and what a re-clustering holds, ``transient_t`` its turn
+    in a re-clustering. Candidates are the full table and each method in eight sizes for every doubling, with each number of
+    columns that FBGEMM takes. Among them the choice is optimal, unless ``gap`` of the plan says otherwise.
+
+    Compressed tables are replicated. Full tables are split by rows where there are several devices; while there is
+    room left, the smallest are replicated, which is faster.
+
+    Args:
+        tables: logical tables; of :class:`CompressedEmbeddingBagConfig`, the ``assignment_placement`` is kept to.
+        budget_bytes: for all of this, on each device. Leave out what the dense layers and activations take.
+        statistics: lookups by table name, counted over the same examples: one number, or one for each id (a sequence,
+            array or tensor; ids that were not seen may be left out). Or the path of a Parquet file or directory with a
+            column for each feature, of ids or lists of ids, read once. ``None`` is one lookup a feature, each id as often.
+        methods: keys of ``METHODS`` to choose from, or these with fields to keep fixed: ``{"cce": {"num_columns": 4}}``.
+        world_size: how many devices.
+        include: a regular expression; tables whose whole name does not match stay full.
+        optimizer: what trains the tables: "sgd", "rowwise_adagrad", "adagrad" or "adam".
+        recluster: the config of re-clusterings, whose workspace is counted; the defaults where ``None``.
+        device_type: "cuda" or "cpu"; their workspaces differ.
+
+    Returns:
+        The plan, for :func:`compress` and, by its ``constraints()``, for :func:`parameter_constraints`.
+
+    Raises:
+        ValueError: a budget that cannot be met (it names the smallest that can), tables twice, a method that cannot be
+            planned, fields that do not fit a table, statistics that do not fit the tables, an ``include`` that matches none.
+
+    Example:
+        >>> tables = [
+        ...     EmbeddingBagConfig(name="t_item", num_embeddings=10_000_000, embedding_dim=32, feature_names=["item"]),
+        ...     EmbeddingBagConfig(name="t_day", num_embeddings=7, embedding_dim=32, feature_names=["day"]),
+        ... ]
+        >>> plan = plan_compression(tables, budget_bytes=600_000_000, statistics={"t_item": 5000, "t_day": 1000})
+        >>> {name: method.key for name, method in plan.methods.items()}
+        {'t_item': 'cce', 't_day': 'full'}
+    """
+    check_tables(tables)
+    check_positive(budget_bytes=budget_bytes, world_size=world_size)
+    if optimizer not in get_args(OptimizerName):
+        raise ValueError(f"optimizer={optimizer!r} is not one of {get_args(OptimizerName)}.")
+    if device_type not in ("cuda", "cpu"):
+        raise ValueError(f"device_type={device_type!r} is neither 'cuda' nor 'cpu'.")
+    fixed = _checked_methods(methods)
+    included = _included(tables, include)
+    devices = Devices(
+        world_size=world_size, optimizer=optimizer, recluster=recluster or ReclusterConfig(), device_type=device_type
+    )
+    traffic = traffic_of(tables, statistics)
+    lookups = sum(traffic[table.name].lookups for table in tables)
+    if lookups <= 0:
+        raise ValueError("statistics counts no lookup of any table: count some, or leave statistics out.")
+    shares = {name: of_table.lookups / lookups for name, of_table in traffic.items()}
+    candidates = [
+        list(_candidates(table, fixed if table.name in included else {}, traffic[table.name], devices))
+        for table in tables
+    ]
+    options = [
+        [Option(c.bytes.held, c.bytes.transient, shares[table.name] * c.loss) for c in of_table]
+        for table, of_table in zip(tables, candidates, strict=True)
+    ]
+    allocation = allocate(options, budget_bytes)
+    if allocation is None:
+        raise ValueError(
+            f"budget_bytes={budget_bytes:,} is too small for the {len(tables)} tables on {world_size} devices: the smallest "
+            f"that works is {smallest_budget(options):,}. Raise it, include more tables, fix less of the methods, or "
+            "re-cluster with a smaller decode_batch_size."
+        )
+    plan = BudgetPlan(
+        tables=tuple(
+            PlannedTable(
+                table=table.name,
+                num_embeddings=table.num_embeddings,
+                embedding_dim=table.embedding_dim,
+                traffic=shares[table.name],
+                **of_table[number]._asdict(),
+            )
+            for table, of_table, number in zip(tables, candidates, allocation.chosen, strict=True)
+        ),
+        budget_bytes=budget_bytes,
+        world_size=world_size,
+        gap=allocation.gap,
+    )
+    return _replicate_small(plan, tables, devices)
+
+
+class _Candidate(NamedTuple):
+    """One way to store a table."""
+
+    method: MethodConfig
+    placement: Placement
+    bytes: Footprint
+    loss: float
+
+
+def _checked_methods(methods: Methods) -> dict[str, dict[str, Any]]:
+    """The fixed fields of each method."""
+    if isinstance(methods, str):
+        raise ValueError(f"methods={methods!r} is one name: give a list, [{methods!r}].")
+    fixed = {key: dict(methods[key]) if isinstance(methods, Mapping) else {} for key in methods}
+    plannable = [method.key for method in PLANNABLE]
+    for key, options in fixed.items():
+        if key not in plannable:
+            raise ValueError(
+                f"methods has {key!r}, whose loss has no model to plan by: choose from {plannable} (full is always among "
+                "the candidates)."
+            )
+        known = [field.name for field in fields(METHODS[key])]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise ValueError(f"methods[{key!r}] fixes {unknown}, which are not fields of {key!r}; those are {known}.")
+    return fixed
+
+
+def _included(tables: Sequence[EmbeddingBagConfig], include: str) -> set[str]:
+    try:
+        pattern = re.compile(include)
+    except re.error as error:
+        raise ValueError(f"include={include!r} is not a regular expression: {error}.") from None
+    names = [table.name for table in tables]
+    included = {name for name in names if pattern.fullmatch(name)}
+    if not included:
+        raise ValueError(f"include={include!r} matches no table, so none may be compressed; the tables are {names}.")
+    return included
+
+
+def _candidates(
+    table: EmbeddingBagConfig, fixed: Mapping[str, Mapping[str, Any]], traffic: Traffic, devices: Devices
+) -> Iterator[_Candidate]:
+    """The full table, and every method in sizes that are smaller."""
+    full, placement = FullTable(), _full_placement(table, devices)
+    in_full = footprint(table, full, placement, devices)
+    yield _Candidate(full, placement, in_full, 0.0)
+    seen: set[MethodConfig] = set()
+    for key, options in fixed.items():
+        for method in _sizes(key, table, options):
+            if method not in seen:
+                seen.add(method)
+                needs = footprint(table, method, "replicated", devices)
+                if needs.held < in_full.held:
+                    yield _Candidate(method, "replicated", needs, expected_loss(method, table, traffic))
+
+
+def _full_placement(table: EmbeddingBagConfig, devices: Devices) -> Placement:
+    """By rows, where each device gets some."""
+    if devices.world_size == 1:
+        return "table_wise"
+    block = -(-table.num_embeddings // devices.world_size)
+    return "row_wise" if block * (devices.world_size - 1) < table.num_embeddings else "replicated"
+
+
+def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> Iterator[RowMethod]:
+    """Instances of a method of all sizes that are smaller than the full table's."""
+    method, num_ids, dim = METHODS[key], table.num_embeddings, table.embedding_dim
+    largest = num_ids * dim - 1
+    try:
+        method.from_budget(num_ids, dim, max(largest, dim * 1024), **options)
+    except ValueError as error:
+        raise ValueError(f"Table {table.name!r}, methods[{key!r}]={dict(options)}: {error}") from None
+    columns: Sequence[int | None] = [options.get("num_columns")]  # None is what the method chooses itself
+    if method.stores_assignments and columns == [None]:
+        widths = [width for width in range(4, dim + 1, 4) if dim % width == 0 and dim // width <= _MOST_COLUMNS]
+        columns = [dim // width for width in widths] or [1]
+    exponent = 0
+    while (rows := int(2 ** (exponent / _SIZES_A_DOUBLING) + 1e-9)) <= num_ids:
+        exponent += 1
+        for num_columns in columns:
+            wishes = {**options, "num_columns": num_columns} if num_columns else options
+            try:
+                found = method.from_budget(num_ids, dim, rows * dim, **wishes)
+            except ValueError:
+                continue  # too few rows for what is fixed
+            assert isinstance(found, RowMethod)
+            yield found
+
+
+def _replicate_small(plan: BudgetPlan, tables: Sequence[EmbeddingBagConfig], devices: Devices) -> BudgetPlan:
+    """Spend what is left on whole copies of full tables that were split by rows, the smallest first."""
+    planned, room = {t.table: t for t in plan.tables}, plan.budget_bytes - plan.total_bytes
+    for table in sorted(tables, key=lambda table: table.num_embeddings * table.embedding_dim):
+        if planned[table.name].placement != "row_wise":
+            continue
+        whole = footprint(table, FullTable(), "replicated", devices)
+        more = whole.held - planned[table.name].bytes.held
+        if more > room:
+            break
+        room -= more
+        planned[table.name] = replace(planned[table.name], placement="replicated", bytes=whole)
+    return replace(plan, tables=tuple(planned.values()))

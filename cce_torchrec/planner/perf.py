@@ -1,0 +1,103 @@
+"""What a step of a compressed collection costs under each sharding type, for the planner to rank them by.
+
+TorchRec's own estimate ranks row-wise first and data-parallel last; measured steps come in the opposite order
+(docs/results/sharded_step.md), which is that of the bytes a rank sends. A rank of W sends, for a codebook of r rows and d
+dims, one of the C columns of its table, n ids and R * n rows a bag, and a batch of B bags:
+
+    data_parallel:                (W-1)/W * 2 * r * d * 4                                a gradient, in a ring
+      assignments sharded by id:  ... + (W-1)/W * B * (n * (8 / C + a) + 8 / C)          ids there, a bytes an id back
+    table_wise, column_wise:      (W-1)/W * B * (2 * d * 4 + (n * 8 + 8) / C)            vectors, gradients, ids, lengths
+    row_wise and its kin:         (W-1) * B * (2 * d * 4 + 8) + (W-1)/W * B * n * R * 8  partial sums, lengths, rows
+
+Looking rows up reads and writes as much under each type.
+"""
+
+from typing import Any
+
+from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
+from torchrec.distributed.planner.types import Perf, ShardingOption
+from torchrec.distributed.planner.utils import get_num_poolings
+from torchrec.distributed.types import ShardingType
+
+from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.config import has_sharded_assignments
+from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.methods.cce import CCERowMap
+
+_BY_TABLE = (
+    ShardingType.TABLE_WISE.value,
+    ShardingType.COLUMN_WISE.value,
+    ShardingType.TABLE_COLUMN_WISE.value,
+)
+
+
+class CompressedPerfEstimator(EmbeddingPerfEstimator):
+    """TorchRec's performance estimator, with codebooks of compressed collections ranked as they are measured.
+
+    The communication of a shard is its part of the bytes that all ranks send for it, over the topology's bandwidth; its
+    computation the bytes of the rows that it looks up, over the memory's. Same arguments as TorchRec's; give the planner
+    :func:`parameter_constraints` too, from which it has the rows of an id.
+
+    Example:
+        >>> from torchrec.distributed.planner.types import Topology
+        >>> estimator = CompressedPerfEstimator(Topology(world_size=2, compute_device="cpu"))
+    """
+
+    def estimate(self, sharding_options: list[ShardingOption], sharder_data_map: Any) -> None:
+        """Set the perf of every shard."""
+        super().estimate(sharding_options, sharder_data_map)
+        for option in sharding_options:
+            collection = option.module[1]
+            if isinstance(collection, CompressedEmbeddingBagCollection):
+                table = next(t for t in collection.lowered_tables if option.name in t.physical_names)
+                self._correct(option, table)
+
+    def _correct(self, option: ShardingOption, table: LoweredTable) -> None:
+        topology = self._topology
+        across_hosts = topology.world_size > topology.local_world_size
+        bandwidth = topology.inter_host_bw if across_hosts else topology.intra_host_bw
+        memory = topology.ddr_mem_bw if topology.compute_device == "cpu" else topology.hbm_mem_bw
+        bags = option.batch_size * sum(get_num_poolings(self._constraints, option))
+        lookups = option.batch_size * sum(
+            length * poolings
+            for length, poolings in zip(option.input_lengths, get_num_poolings(self._constraints, option), strict=True)
+        )
+        for shard in option.shards:
+            width = shard.size[1]
+            sent = sent_bytes(option.sharding_type, shard.size, table, topology.world_size, bags, lookups)
+            # Of all ranks' lookups, a shard of a column has all, one of rows or a replica its share.
+            share = topology.world_size if option.sharding_type in _BY_TABLE else 1
+            looked_up = share * lookups * width * 4 / memory
+            shard.perf = Perf(
+                fwd_compute=looked_up,
+                fwd_comms=sent / 2 / bandwidth,
+                bwd_compute=2 * looked_up,
+                bwd_comms=sent / 2 / bandwidth,
+            )
+
+
+def sent_bytes(
+    sharding_type: str, size: list[int], table: LoweredTable, world_size: int, bags: float, lookups: float
+) -> float:
+    """The bytes that all ranks send in a step for one shard.
+
+    Args:
+        sharding_type: TorchRec's name of it.
+        size: rows and dims of the shard.
+        table: whose codebook it is a part of.
+        world_size: W.
+        bags: B, of one rank, over all features of the table.
+        lookups: rows that these take of the codebook, of one rank.
+    """
+    rows, dim = size
+    columns, ids, others = len(table.row_map.columns), lookups / table.row_map.rows_per_id, world_size - 1
+    if sharding_type == ShardingType.DATA_PARALLEL.value:  # a shard is one rank's replica
+        fetched = 0.0
+        if has_sharded_assignments(table.config):
+            assert isinstance(table.row_map, CCERowMap)
+            fetched = (ids * 8 + bags * 8) / columns + ids * table.row_map.assignments.element_size()
+        return others / world_size * (2 * rows * dim * 4 + fetched)
+    if sharding_type in _BY_TABLE:
+        width = table.row_map.columns[0].dim
+        return others * (2 * bags * dim * 4 + (ids * 8 + bags * 8) / columns * dim / width)
+    return others * bags * (2 * dim * 4 + 8) + others / world_size * lookups * 8

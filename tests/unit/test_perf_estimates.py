@@ -1,0 +1,90 @@
+"""What the planner is told of a step's cost, against the bytes and the times that were recorded on two ranks."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchrec.distributed.planner import ParameterConstraints
+from torchrec.distributed.planner.enumerators import EmbeddingEnumerator
+from torchrec.distributed.planner.types import ShardingOption, Topology
+
+from cce_torchrec import (
+    CCE,
+    CompressedEmbeddingBagCollection,
+    CompressedEmbeddingBagConfig,
+    CompressedPerfEstimator,
+    CompressedStorageEstimator,
+    get_sharders,
+    parameter_constraints,
+)
+from cce_torchrec.planner.perf import sent_bytes
+from tests.scripts import ROOT
+
+RECORDED = json.loads((ROOT / "docs" / "results" / "sharded_step.json").read_text())
+SIZES = RECORDED["sizes"]
+KINDS = {"compressed DP": "data_parallel", "compressed TW": "table_wise", "compressed RW": "row_wise"}
+
+
+def enumerate_all(kind: str, **more: Any) -> list[ShardingOption]:
+    """The recorded tables under one sharding type."""
+    tables = [
+        CompressedEmbeddingBagConfig(
+            name=f"t{i}",
+            num_embeddings=SIZES["num_embeddings"],
+            embedding_dim=SIZES["dim"],
+            feature_names=[f"f{i}"],
+            method=CCE(num_rows=SIZES["num_rows"], num_columns=SIZES["num_columns"]),
+            **more,
+        )
+        for i in range(SIZES["num_tables"])
+    ]
+    model = nn.Sequential(CompressedEmbeddingBagCollection(tables=tables, device=torch.device("meta")))
+    topology = Topology(world_size=2, compute_device="cpu")
+    wishes = {
+        t.name: ParameterConstraints(sharding_types=[kind], min_partition=8, pooling_factors=[float(SIZES["bag"])])
+        for t in tables
+    }
+    constraints = parameter_constraints(model, wishes)
+    estimators = [
+        CompressedPerfEstimator(topology, constraints),
+        CompressedStorageEstimator(topology, constraints),
+    ]
+    enumerator = EmbeddingEnumerator(
+        topology, batch_size=SIZES["batch_size"], constraints=constraints, estimator=estimators
+    )
+    return [o for o in enumerator.enumerate(model, get_sharders()) if o.compute_kernel in ("dense", "fused")]
+
+
+def cost(options: list[ShardingOption]) -> float:
+    return sum(shard.perf.total for option in options for shard in option.shards if shard.perf is not None)
+
+
+def sent_a_rank(options: list[ShardingOption]) -> float:
+    total = 0.0
+    for option in options:
+        collection = option.module[1]
+        assert isinstance(collection, CompressedEmbeddingBagCollection)
+        table = next(t for t in collection.lowered_tables if option.name in t.physical_names)
+        bags, rows = SIZES["batch_size"], SIZES["batch_size"] * SIZES["bag"] * 2
+        total += sum(sent_bytes(option.sharding_type, s.size, table, 2, bags, rows) for s in option.shards)
+    return total / 2
+
+
+@pytest.mark.parametrize("way", KINDS)
+def test_bytes_are_those_that_were_counted(way: str) -> None:
+    counted = RECORDED["bytes_sent_per_step_and_rank"][way]["total"]
+    assert sent_a_rank(enumerate_all(KINDS[way])) == pytest.approx(counted, rel=1e-4)
+
+
+def test_columns_apart_send_as_much_as_whole_tables() -> None:
+    assert sent_a_rank(enumerate_all("column_wise")) == pytest.approx(sent_a_rank(enumerate_all("table_wise")))
+
+
+def test_ranked_as_measured() -> None:
+    estimated = {way: cost(enumerate_all(kind)) for way, kind in KINDS.items()}
+    estimated["compressed, ids sharded"] = cost(enumerate_all("data_parallel", assignment_placement="sharded"))
+    measured = {way: RECORDED["ms_per_step"][way]["median"] for way in KINDS}
+    assert sorted(KINDS, key=estimated.__getitem__) == sorted(KINDS, key=measured.__getitem__)
+    assert estimated["compressed, ids sharded"] > estimated["compressed DP"]
