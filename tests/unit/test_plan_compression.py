@@ -190,6 +190,24 @@ def test_several_devices() -> None:
     assert whole.workspace - in_block.workspace == 4 * 150_000
 
 
+def test_ten_billion_ids() -> None:
+    """Nothing is allocated, and what is by id is shared out: no device holds V * c bytes."""
+    huge = [
+        CompressedEmbeddingBagConfig(**vars(table(f"t_{i}", 10**10, 64)), assignment_placement="sharded")
+        for i in range(10)
+    ]
+    totals = {}
+    for world_size in (128, 1024):
+        plan = plan_compression(huge, budget_bytes=16 << 30, world_size=world_size)
+        assert {method.key for method in plan.methods.values()} == {"cce"}
+        per_id = sum(t.bytes.assignments for t in plan.tables) * world_size / 10**11
+        assert 1 <= per_id < 17  # 1 or 2 bytes for each of up to 16 columns
+        totals[world_size] = plan.loss
+    assert totals[1024] < totals[128]
+    with pytest.raises(ValueError, match="the smallest that works is"):
+        plan_compression(huge, budget_bytes=16 << 30, world_size=8)
+
+
 def test_what_is_left_replicates_the_smallest_full_tables() -> None:
     tables = [BIG, SMALL, table("t_tiny", 3)]
     per_row = (16 * 4 + 4) / 2
