@@ -77,7 +77,7 @@ def plan_compression(
         >>> {name: method.key for name, method in plan.methods.items()}
         {'t_item': 'cce', 't_day': 'full'}
     """
-    check_tables(tables)
+    check_tables([_as_full(table) for table in tables])
     check_positive(budget_bytes=budget_bytes, world_size=world_size)
     if optimizer not in get_args(OptimizerName):
         raise ValueError(f"optimizer={optimizer!r} is not one of {get_args(OptimizerName)}.")
@@ -133,6 +133,13 @@ class _Candidate(NamedTuple):
     placement: Placement
     bytes: Footprint
     loss: float
+
+
+def _as_full(table: EmbeddingBagConfig) -> EmbeddingBagConfig:
+    """Its name and sizes: the method that it may have is to be replaced."""
+    return EmbeddingBagConfig(
+        name=table.name, num_embeddings=table.num_embeddings, embedding_dim=table.embedding_dim, feature_names=[]
+    )
 
 
 def _checked_methods(methods: Methods) -> dict[str, dict[str, Any]]:
@@ -194,9 +201,9 @@ def _full_placement(table: EmbeddingBagConfig, devices: Devices) -> Placement:
 def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> Iterator[RowMethod]:
     """Instances of a method of all sizes that are smaller than the full table's."""
     method, num_ids, dim = METHODS[key], table.num_embeddings, table.embedding_dim
-    largest = num_ids * dim - 1
+    probe = max(1024, min(num_ids - 1, 1 << 20)) * dim  # parameters in which any choice of fields should fit
     try:
-        method.from_budget(num_ids, dim, max(largest, dim * 1024), **options)
+        method.from_budget(num_ids, dim, probe, **options)
     except ValueError as error:
         raise ValueError(f"Table {table.name!r}, methods[{key!r}]={dict(options)}: {error}") from None
     columns: Sequence[int | None] = [options.get("num_columns")]  # None is what the method chooses itself

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import nn
@@ -27,9 +25,10 @@ from cce_torchrec import (
     recluster,
 )
 from cce_torchrec.methods import CE, MethodConfig
+from cce_torchrec.methods.cce import smallest_int_dtype
 from cce_torchrec.planner.expected_loss import expected_loss
 from cce_torchrec.planner.footprint import Devices, footprint
-from cce_torchrec.planner.traffic import Traffic, traffic_of
+from cce_torchrec.planner.traffic import Traffic
 from cce_torchrec.recluster.workspace import recluster_workspace
 
 CPU = torch.device("cpu")
@@ -190,6 +189,28 @@ def test_several_devices() -> None:
     assert whole.workspace - in_block.workspace == 4 * 150_000
 
 
+def test_ten_billion_ids() -> None:
+    """Nothing is allocated, and what is by id is shared out: no device holds V * c bytes."""
+    huge = [
+        CompressedEmbeddingBagConfig(**vars(table(f"t_{i}", 10**10, 64)), assignment_placement="sharded")
+        for i in range(10)
+    ]
+    totals = {}
+    for world_size in (128, 1024):
+        plan = plan_compression(huge, budget_bytes=16 << 30, world_size=world_size)
+        assert {method.key for method in plan.methods.values()} == {"cce"}
+        for planned in plan.tables:
+            method = planned.method
+            assert isinstance(method, CCE)
+            per_id = method.num_columns * smallest_int_dtype(method.num_rows).itemsize
+            block = 10**10 // world_size * per_id
+            assert block <= planned.bytes.assignments < block + 2 * per_id + 8 * (method.num_columns + 2)
+        totals[world_size] = plan.loss
+    assert totals[1024] < totals[128]
+    with pytest.raises(ValueError, match="the smallest that works is"):
+        plan_compression(huge, budget_bytes=16 << 30, world_size=8)
+
+
 def test_what_is_left_replicates_the_smallest_full_tables() -> None:
     tables = [BIG, SMALL, table("t_tiny", 3)]
     per_row = (16 * 4 + 4) / 2
@@ -257,38 +278,3 @@ def test_only_included_tables_are_compressed() -> None:
 def test_what_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         plan_compression([BIG, SMALL], **{"budget_bytes": 5_000_000, **settings})
-
-
-def test_statistics_from_parquet(tmp_path: Path) -> None:
-    tables = [
-        table("t_a", 10),
-        EmbeddingBagConfig(name="t_b", num_embeddings=6, embedding_dim=16, feature_names=["b", "c"]),
-    ]
-    first = pa.table({"a": [1, 1, None], "b": [[0, 5], [], None], "c": pa.array([5, 5, 5], pa.int32()), "x": [0.5] * 3})
-    second = pa.table({"a": [9, 1, 3], "b": [[2], [2], [2]], "c": pa.array([0, None, 5], pa.int32()), "x": [0.5] * 3})
-    for name, part in (("1.parquet", first), ("2.parquet", second)):
-        pq.write_table(part, tmp_path / name)
-    from_parquet = traffic_of(tables, tmp_path)
-    from_dict = traffic_of(tables, {"t_a": [0, 3, 0, 1, 0, 0, 0, 0, 0, 1], "t_b": [2, 0, 3, 0, 0, 5]})
-    for name in ("t_a", "t_b"):
-        assert from_parquet[name].lookups == from_dict[name].lookups
-        np.testing.assert_allclose(from_parquet[name].shares_U, from_dict[name].shares_U)
-        np.testing.assert_allclose(from_parquet[name].numbers_U, from_dict[name].numbers_U)
-    assert from_parquet["t_b"].lookups == 10
-    for wrong, says in (
-        (table("t_d", 10), r"no columns \['d'\]"),
-        (table("t_a", 9), "ids from 1 to 9"),
-        (table("t_x", 9), "type double"),
-    ):
-        with pytest.raises(ValueError, match=says):
-            traffic_of([wrong], tmp_path)
-
-
-def test_ids_are_counted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = np.random.default_rng(0).zipf(1.3, 5000) % 1000
-    pq.write_table(pa.table({"a": ids}), tmp_path / "a.parquet", row_group_size=300)
-    monkeypatch.setattr("cce_torchrec.planner.traffic._MERGE_AT", 700)
-    in_parts = traffic_of([table("t_a", 1000)], tmp_path)["t_a"]
-    at_once = Traffic.counted(np.bincount(ids, minlength=1000))
-    np.testing.assert_allclose(in_parts.shares_U, at_once.shares_U)
-    np.testing.assert_allclose(in_parts.numbers_U, at_once.numbers_U)
