@@ -155,10 +155,13 @@ class History:
 
 
 def run(settings: Settings, clicks: Clicks) -> dict[str, Any]:
-    """Train and score."""
+    """Train and score; where the budget is too small for the method, the record says so instead."""
     started = time.perf_counter()
     sizes = (clicks.num_users, clicks.num_items)
-    methods = methods_of(settings, sizes)
+    try:
+        methods = methods_of(settings, sizes)
+    except ValueError as error:
+        return {"settings": asdict(settings), "does_not_fit": str(error)}
     torch.manual_seed(settings.seed)
     is_fitted = settings.method in FROM_TRAINED and settings.params is not None
     first = [FullTable(), FullTable()] if is_fitted else methods

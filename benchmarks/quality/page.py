@@ -34,7 +34,7 @@ class Point:
 
 def found(runs: Sequence[Record], settings: Callable[[int], Settings]) -> list[Record]:
     """The runs of the seeds that are there."""
-    by_settings = {key_of(run["settings"]): run for run in runs}
+    by_settings = {key_of(run["settings"]): run for run in runs if "does_not_fit" not in run}
     keys = [key_of(asdict(settings(seed))) for seed in plans.SEEDS]
     return [by_settings[key] for key in keys if key in by_settings]
 
@@ -68,7 +68,7 @@ def write_page(runs: Sequence[Record]) -> None:
         seeds = max(len(point.runs) for curve in curves.values() for point in curve)
         sections.append(
             f"## {title}\n\n![BCE against size]({plot})\n\n{_scores(curves)}\n\n{_matches(curves)}\n\n"
-            f"Up to {plans.EPOCHS[dataset]} epochs, {seeds} seeds."
+            f"Up to {plans.EPOCHS[dataset]} epochs, up to {seeds} seeds. {_unfit(runs, dataset)}"
         )
     (RESULTS / "quality.md").write_text(_page(sections, _levers(runs), runs))
 
@@ -81,6 +81,14 @@ def _scores(curves: Mapping[str, Sequence[Point]]) -> str:
             sizes = [f"{point.runs[0][name]:,}" for name in ("params", "codebook_bytes", "total_bytes")]
             rows.append([f"`{method}`", *sizes, point.text("best_bce"), point.text("best_auc"), str(len(point.runs))])
     return markdown_table(header, rows)
+
+
+def _unfit(runs: Sequence[Record], dataset: str) -> str:
+    """The budgets that are too small for a method."""
+    settings = [run["settings"] for run in runs if "does_not_fit" in run]
+    mine = [s for s in settings if s["dataset"] == dataset and s["split"] == "report"]
+    names = sorted({f"`{s['method']}` at {s['params']:,}" for s in mine})
+    return f"Too small for the method: {', '.join(names)}." if names else ""
 
 
 def _matches(curves: Mapping[str, Sequence[Point]]) -> str:

@@ -39,6 +39,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "ids weigh the roots of their counts": {"id_weights": "roots"},
     "3 levels": {"method": "residual_cce"},
     "4 levels": {"method": "residual_cce", "options": {"num_levels": 4}},
+    "6 levels": {"method": "residual_cce", "options": {"num_levels": 6}},
     "budget in proportion to ids": {"share": "proportion"},
     "initial std 0.003": {"init_std": 0.003},
     "initial std 0.01": {"init_std": 0.01},

@@ -54,7 +54,7 @@ def run_missing(plan: Iterable[Settings], paths: Mapping[str, str | None], jobs:
             file.write(json.dumps({**record, "made_by": made_by}) + "\n")
             file.flush()
             told = {name: value for name, value in record["settings"].items() if name in ("method", "params", "seed")}
-            print(*told.values(), record["settings"]["options"], f"{record['best_bce']:.4f}", flush=True)
+            print(*told.values(), record["settings"]["options"], record.get("best_bce", "does not fit"), flush=True)
 
 
 _loaded: dict[tuple[str, str], Any] = {}
