@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import binary_auroc
 from torchrec import KeyedJaggedTensor
 
 from benchmarks.quality.data import Clicks, Rows, Split
+from benchmarks.quality.lookups import use_cheap_gradients
 from cce_torchrec import (
     METHODS,
     CompressedEmbeddingBagCollection,
@@ -199,6 +200,7 @@ def _batches(rows: Rows, size: int, generator: torch.Generator) -> Iterator[tupl
 
 def train(settings: Settings, model: GMF, clicks: Clicks) -> tuple[History, int]:
     """Train until the early stop or the last epoch; the model is left with the weights of its best epoch."""
+    use_cheap_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(settings.seed)
     steps_an_epoch = -(-len(clicks.train) // settings.batch_size)

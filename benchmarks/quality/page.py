@@ -118,7 +118,7 @@ def draw(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
 
 def _draw(axes: Axes, curves: Mapping[str, Sequence[Point]], size: str) -> None:
     full = curves[plans.FULL][0]
-    axes.axhline(full.mean("best_bce"), color="black", linestyle="--", label=f"full: {full.mean(size):,.0f}")
+    axes.axhline(full.mean("best_bce"), color="black", linestyle="--", label="full")
     for index, (method, curve) in enumerate((m, c) for m, c in curves.items() if m != plans.FULL):
         style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else ":"}
         sizes, scores = [p.mean(size) for p in curve], [[run["best_bce"] for run in p.runs] for p in curve]
@@ -173,8 +173,9 @@ of both tables, half of them each, but a table never gets more than a full one h
 * Gowalla: check-ins in a published split, and one item drawn evenly for each, where the user never was.
 
 BCE (nats a click) and AUC are the best over epochs on what is held out, as in the protocol; mean ± standard deviation over
-seeds. "pq" cuts down the trained full table at its best epoch, "pq_tuned" trains the result as long again: both need the
-full table first. "bytes in all" adds assignments and hash coefficients to the parameters.
+seeds. "pq" cuts down the trained full table at its best epoch; "pq_tuned" trains the result for up to as many epochs
+again, so it has twice the training of the others. Both need the full table first. "bytes in all" adds assignments and hash
+coefficients to the parameters.
 
 {sections}
 

@@ -18,7 +18,7 @@ METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED]))
 # What differs from a method's defaults, chosen on the split "tune".
 CHOSEN: dict[str, dict[str, Any]] = {}
 
-# One change of CCE's defaults each.
+# CCE's defaults with one change each, and what many levels need to be understood.
 LEVERS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "2 columns": {"options": {"num_columns": 2}},
@@ -40,6 +40,19 @@ LEVERS: dict[str, dict[str, Any]] = {
     "3 levels": {"method": "residual_cce"},
     "4 levels": {"method": "residual_cce", "options": {"num_levels": 4}},
     "6 levels": {"method": "residual_cce", "options": {"num_levels": 6}},
+    "8 levels": {"method": "residual_cce", "options": {"num_levels": 8}},
+    "12 levels": {"method": "residual_cce", "options": {"num_levels": 12}},
+    "6 levels, 4 columns": {"method": "residual_cce", "options": {"num_levels": 6, "num_columns": 4}},
+    "6 levels, 12 re-clusterings": {"method": "residual_cce", "options": {"num_levels": 6}, "recluster_count": 12},
+    "6 levels, no re-clustering": {"method": "residual_cce", "options": {"num_levels": 6}, "recluster_count": 0},
+    "learning rate 0.003": {"learning_rate": 0.003},
+    "6 levels, learning rate 0.003": {
+        "method": "residual_cce",
+        "options": {"num_levels": 6},
+        "learning_rate": 0.003,
+    },
+    "a full table": {"method": "full", "params": None},
+    "a full table, learning rate 0.003": {"method": "full", "params": None, "learning_rate": 0.003},
     "budget in proportion to ids": {"share": "proportion"},
     "initial std 0.003": {"init_std": 0.003},
     "initial std 0.01": {"init_std": 0.01},
@@ -61,14 +74,12 @@ def reported_settings(dataset: str, method: str, params: int | None, seed: int) 
     return Settings(dataset=dataset, split="report", params=params, seed=seed, epochs=EPOCHS[dataset], **changes)
 
 
-def levers(dataset: str, names: Iterable[str], params: Iterable[int], seeds: Iterable[int]) -> Iterator[Settings]:
-    """The runs of the table of levers."""
-    for name in names:
-        for budget in params:
-            for seed in seeds:
-                yield lever_settings(dataset, name, budget, seed)
+def levers(dataset: str, names: Iterable[str], params: Iterable[int], seeds: Iterable[int]) -> list[Settings]:
+    """The runs of the table of levers, seed by seed."""
+    runs = (lever_settings(dataset, name, budget, seed) for seed in seeds for name in names for budget in params)
+    return list({str(settings): settings for settings in runs}.values())  # a full table has no budget
 
 
 def lever_settings(dataset: str, name: str, params: int, seed: int) -> Settings:
-    changes = {"method": "cce", **LEVERS[name]}
-    return Settings(dataset=dataset, split="tune", params=params, seed=seed, epochs=EPOCHS[dataset], **changes)
+    changes = {"method": "cce", "params": params, **LEVERS[name]}
+    return Settings(dataset=dataset, split="tune", seed=seed, epochs=EPOCHS[dataset], **changes)
