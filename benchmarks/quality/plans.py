@@ -14,9 +14,11 @@ BUDGETS = {
 }
 EPOCHS = {"ml-100k": 30, "gowalla": 6}
 FULL = "full"
-METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED]))
-# What differs from a method's defaults, chosen on the split "tune".
-CHOSEN: dict[str, dict[str, Any]] = {}
+# Methods with settings that are not their defaults, chosen on the split "tune".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}},
+}
+METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
 
 # CCE's defaults with one change each, and what many levels need to be understood.
 LEVERS: dict[str, dict[str, Any]] = {
@@ -70,7 +72,7 @@ def reported(dataset: str, methods: Iterable[str], params: Iterable[int], seeds:
 
 
 def reported_settings(dataset: str, method: str, params: int | None, seed: int) -> Settings:
-    changes = {"method": method, **CHOSEN.get(method, {})}
+    changes = {"method": method, **VARIANTS.get(method, {})}
     return Settings(dataset=dataset, split="report", params=params, seed=seed, epochs=EPOCHS[dataset], **changes)
 
 
