@@ -64,7 +64,7 @@ def write_page(runs: Sequence[Record]) -> None:
         if plans.FULL not in curves:
             continue
         plot = f"quality_{dataset.replace('-', '_')}.png"
-        draw(curves, title).savefig(RESULTS / plot, dpi=110)
+        draw(curves, title).savefig(RESULTS / plot, dpi=80)
         seeds = max(len(point.runs) for curve in curves.values() for point in curve)
         sections.append(
             f"## {title}\n\n![BCE against size]({plot})\n\n{_scores(curves)}\n\n{_matches(curves)}\n\n"
