@@ -154,3 +154,9 @@ def test_levers_are_tried_on_the_other_split_and_differ() -> None:
     settings = [plans.lever_settings("ml-100k", name, 4_096, 1) for name in plans.LEVERS]
     assert {one.split for one in settings} == {"tune"}
     assert len({store.key_of(asdict(one)) for one in settings}) == len(settings)
+
+
+def test_differences_are_over_the_same_seeds() -> None:
+    base = page.Point("cce", [record("cce", 4_096, seed, 0.1 * seed) for seed in (1, 2, 3)])
+    changed = page.Point("ce", [record("ce", 4_096, 2, 0.25)])
+    assert changed.difference(base) == pytest.approx(0.05)
