@@ -63,7 +63,7 @@ class BagDecoder:
             if self._is_weighted:
                 vectors_ND = vectors_ND * part.weights().unsqueeze(1)
             bags_FBD = pool(vectors_ND, part.lengths(), table.is_mean).view(
-                len(table.embedding_names), part.stride(), -1
+                len(table.embedding_names), part.stride(), table.config.embedding_dim
             )
             pooled.update(zip(table.embedding_names, bags_FBD, strict=True))
         return pooled

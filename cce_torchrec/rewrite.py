@@ -28,7 +28,7 @@ def select_features(features: KeyedJaggedTensor, names: list[str]) -> KeyedJagge
         ValueError: where a feature is missing, or where the features have batch sizes of their own.
     """
     keys = features.keys()
-    missing = [name for name in names if name not in keys]
+    missing = list(dict.fromkeys(name for name in names if name not in keys))
     if missing:
         raise ValueError(
             f"The KeyedJaggedTensor has no feature {missing}; it has {keys}. Add it, or drop it from the table."

@@ -145,7 +145,7 @@ def _check_can_be_fitted(method: MethodConfig, collection: Collection) -> None:
     if not method.stores_assignments:
         able = [key for key, other in METHODS.items() if other.stores_assignments]
         raise ValueError(
-            f"from_trained=True cannot fit {method.key!r} to a trained table, since it stores no assignments to learn: take "
+            f"from_trained=True cannot fit {method.key!r} to a trained table, only methods with stored rows of each id: take "
             f"one of {', '.join(able)}."
         )
     if collection.device.type == "meta":

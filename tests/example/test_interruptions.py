@@ -155,6 +155,7 @@ def test_windows_begin_where_training_goes_on(
     monkeypatch.setattr(Window, "scores", lambda self: (lengths.append(len(self.losses)), scores(self))[1])
     interrupted(small_config(log_every_steps=5), monkeypatch, 6)
     with caplog.at_level("INFO", "dlrm_example"):
+        caplog.clear()
         config = small_config(log_every_steps=5, resume=True)
         train(config)
     assert lengths == [5, 3], "steps 1 to 5, and 8 to 10"

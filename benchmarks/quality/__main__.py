@@ -1,0 +1,42 @@
+"""How good are the methods at a size? Matrix factorisation of clicks, with every method, at every size.
+
+python -m benchmarks.quality run --dataset ml-100k             # finished runs are not made again
+python -m benchmarks.quality run --dataset gowalla --gowalla gowalla.zip --methods full cce ce
+python -m benchmarks.quality levers --dataset ml-100k          # CCE's settings, one changed at a time, on another split
+python -m benchmarks.quality page                              # docs/results/quality.{json,md} and the plots
+"""
+
+import argparse
+
+from benchmarks.quality import plans
+from benchmarks.quality.data import DATASETS
+from benchmarks.quality.page import write_page
+from benchmarks.quality.store import publish, records, run_missing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "levers", "page"))
+    parser.add_argument("--dataset", choices=DATASETS, default="ml-100k")
+    parser.add_argument("--methods", nargs="+", choices=plans.METHOD_NAMES, default=plans.METHOD_NAMES)
+    parser.add_argument("--levers", nargs="+", choices=list(plans.LEVERS), default=list(plans.LEVERS))
+    parser.add_argument("--params", nargs="+", type=int, help="of both tables together (default: those of the page)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=plans.SEEDS)
+    parser.add_argument("--movielens", help="folder of its archive (default: the user's cache)")
+    parser.add_argument("--gowalla", help="its zip")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
+    args = parser.parse_args()
+    if args.what == "page":
+        runs = records()
+        publish(runs)
+        write_page(runs)
+        return
+    if args.what == "run":
+        plan = plans.reported(args.dataset, args.methods, args.params or plans.BUDGETS[args.dataset], args.seeds)
+    else:
+        plan = plans.levers(args.dataset, args.levers, args.params or plans.LEVER_BUDGETS[args.dataset], args.seeds)
+    run_missing(plan, {"ml-100k": args.movielens, "gowalla": args.gowalla}, args.jobs)
+
+
+if __name__ == "__main__":
+    main()

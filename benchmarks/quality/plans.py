@@ -1,0 +1,87 @@
+"""Which runs are made: the methods and budgets that are reported, and the levers that are tried one at a time."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from benchmarks.quality.gmf import FROM_TRAINED, Settings
+from cce_torchrec import METHODS
+
+SEEDS = (1, 2, 3)
+# 2^6, 2^7, .. parameters a dimension a table, with two tables of 32 dims.
+BUDGETS = {
+    "ml-100k": tuple(64 << i for i in range(6, 11)),
+    "gowalla": tuple(64 << i for i in range(6, 13)),
+}
+EPOCHS = {"ml-100k": 30, "gowalla": 6}
+FULL = "full"
+# Methods with settings that are not their defaults, chosen on the split "tune".
+VARIANTS: dict[str, dict[str, Any]] = {
+    "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}},
+}
+METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
+
+# CCE's defaults with one change each, and what many levels need to be understood.
+LEVERS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "2 columns": {"options": {"num_columns": 2}},
+    "4 columns": {"options": {"num_columns": 4}},
+    "16 columns": {"options": {"num_columns": 16}},
+    "no re-clustering": {"recluster_count": 0},
+    "1 re-clustering": {"recluster_count": 1},
+    "3 re-clusterings": {"recluster_count": 3},
+    "12 re-clusterings": {"recluster_count": 12},
+    "24 re-clusterings": {"recluster_count": 24},
+    "the last at 0.5": {"recluster_stop": 0.5},
+    "the last at 1": {"recluster_stop": 1.0},
+    "optimizer state carried": {"optimizer_state": "carry"},
+    "helper: 1/8 of the rows": {"helper_part": 0.125},
+    "helper: 1/4 of the rows": {"helper_part": 0.25},
+    "helper: 3/4 of the rows": {"helper_part": 0.75},
+    "ids weigh their counts": {"id_weights": "counts"},
+    "ids weigh the roots of their counts": {"id_weights": "roots"},
+    "3 levels": {"method": "residual_cce"},
+    "4 levels": {"method": "residual_cce", "options": {"num_levels": 4}},
+    "6 levels": {"method": "residual_cce", "options": {"num_levels": 6}},
+    "8 levels": {"method": "residual_cce", "options": {"num_levels": 8}},
+    "12 levels": {"method": "residual_cce", "options": {"num_levels": 12}},
+    "6 levels, 4 columns": {"method": "residual_cce", "options": {"num_levels": 6, "num_columns": 4}},
+    "6 levels, 12 re-clusterings": {"method": "residual_cce", "options": {"num_levels": 6}, "recluster_count": 12},
+    "6 levels, no re-clustering": {"method": "residual_cce", "options": {"num_levels": 6}, "recluster_count": 0},
+    "learning rate 0.003": {"learning_rate": 0.003},
+    "6 levels, learning rate 0.003": {
+        "method": "residual_cce",
+        "options": {"num_levels": 6},
+        "learning_rate": 0.003,
+    },
+    "a full table": {"method": "full", "params": None},
+    "a full table, learning rate 0.003": {"method": "full", "params": None, "learning_rate": 0.003},
+    "budget in proportion to ids": {"share": "proportion"},
+    "initial std 0.003": {"init_std": 0.003},
+    "initial std 0.01": {"init_std": 0.01},
+    "initial std 0.1": {"init_std": 0.1},
+}
+LEVER_BUDGETS = {"ml-100k": (4_096, 16_384, 65_536), "gowalla": (65_536, 262_144)}
+
+
+def reported(dataset: str, methods: Iterable[str], params: Iterable[int], seeds: Iterable[int]) -> Iterator[Settings]:
+    """The runs of the tables of results: seed by seed, so that all methods have one before any has two."""
+    for seed in seeds:
+        for method in methods:
+            for budget in [None] if method == FULL else params:
+                yield reported_settings(dataset, method, budget, seed)
+
+
+def reported_settings(dataset: str, method: str, params: int | None, seed: int) -> Settings:
+    changes = {"method": method, **VARIANTS.get(method, {})}
+    return Settings(dataset=dataset, split="report", params=params, seed=seed, epochs=EPOCHS[dataset], **changes)
+
+
+def levers(dataset: str, names: Iterable[str], params: Iterable[int], seeds: Iterable[int]) -> list[Settings]:
+    """The runs of the table of levers, seed by seed."""
+    runs = (lever_settings(dataset, name, budget, seed) for seed in seeds for name in names for budget in params)
+    return list({str(settings): settings for settings in runs}.values())  # a full table has no budget
+
+
+def lever_settings(dataset: str, name: str, params: int, seed: int) -> Settings:
+    changes = {"method": "cce", "params": params, **LEVERS[name]}
+    return Settings(dataset=dataset, split="tune", seed=seed, epochs=EPOCHS[dataset], **changes)

@@ -1,0 +1,69 @@
+"""Finished runs: a file of JSON lines that grows, and the JSON file that is published."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import RESULTS, ROOT, provenance
+from benchmarks.quality.data import load
+from benchmarks.quality.gmf import Settings, run
+
+Record = Mapping[str, Any]
+NEW_RUNS = ROOT / "runs" / "quality.jsonl"
+PUBLISHED = RESULTS / "quality.json"
+
+
+def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
+    """All finished runs: those published, then new ones; each once."""
+    found: list[Record] = []
+    if published.exists():
+        content = json.loads(published.read_text())
+        found += [{**record, "made_by": content["made_by"][record["made_by"]]} for record in content["runs"]]
+    if path.exists():
+        found += [json.loads(line) for line in path.read_text().splitlines()]
+    return list({key_of(record["settings"]): record for record in found}.values())
+
+
+def publish(runs: list[Record], path: Path = PUBLISHED) -> None:
+    """Write the published file: a line a run, what made them said once."""
+    made_by = list({key_of(run["made_by"]): run["made_by"] for run in runs}.values())
+    lines = [json.dumps({**run, "made_by": made_by.index(run["made_by"])}) for run in runs]
+    facts = ",\n".join(map(json.dumps, made_by))
+    path.write_text(f'{{"made_by": [\n{facts}\n],\n"runs": [\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def key_of(values: Mapping[str, Any]) -> str:
+    """What equal settings have in common."""
+    return json.dumps(values, sort_keys=True)
+
+
+def run_missing(plan: Iterable[Settings], paths: Mapping[str, str | None], jobs: int, path: Path = NEW_RUNS) -> None:
+    """Make the runs of a plan that are not finished, ``jobs`` at a time, each on one thread; in the plan's order."""
+    finished = {key_of(record["settings"]) for record in records(path)}
+    missing = [settings for settings in plan if key_of(asdict(settings)) not in finished]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made_by = provenance()
+    print(f"{len(missing)} runs to make", flush=True)
+    with get_context("spawn").Pool(jobs, torch.set_num_threads, (1,)) as pool, path.open("a") as file:
+        for record in pool.imap_unordered(_run, [(settings, dict(paths)) for settings in missing]):
+            file.write(json.dumps({**record, "made_by": made_by}) + "\n")
+            file.flush()
+            told = {name: value for name, value in record["settings"].items() if name in ("method", "params", "seed")}
+            print(*told.values(), record["settings"]["options"], record.get("best_bce", "does not fit"), flush=True)
+
+
+_loaded: dict[tuple[str, str], Any] = {}
+
+
+def _run(task: tuple[Settings, dict[str, str | None]]) -> Record:
+    settings, paths = task
+    key = (settings.dataset, settings.split)
+    if key not in _loaded:
+        _loaded.clear()  # one data set in memory is enough
+        _loaded[key] = load(*key, paths[settings.dataset])
+    return run(settings, _loaded[key])

@@ -1,0 +1,162 @@
+"""The data, the arithmetic and the words of `benchmarks/quality`."""
+
+import json
+import zipfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.quality import data, gmf, page, plans, store
+from benchmarks.quality.gmf import Settings
+from benchmarks.quality.lookups import use_cheap_gradients
+from tests.example.archives import data_folder
+
+SMALL = Settings(dataset="toy", split="report", method="cce", params=256, seed=1, dim=8, epochs=3, batch_size=64)
+
+
+def pairs_of(rows: data.Rows) -> set[tuple[int, int]]:
+    return set(zip(rows.users_N.tolist(), rows.items_N.tolist(), strict=True))
+
+
+def toy_clicks(num_rows: int = 600) -> data.Clicks:
+    """A click where user and item are of the same parity."""
+    generator = torch.Generator().manual_seed(0)
+    users_N, items_N = (torch.randint(size, (num_rows,), generator=generator) for size in (40, 60))
+    rows = data.Rows(users_N, items_N, ((users_N + items_N) % 2 == 0).float())
+    return data.Clicks(40, 60, rows[slice(0, 500)], rows[slice(500, None)])
+
+
+def test_last_two_of_each_user_are_held_out() -> None:
+    users = np.array([7, 3, 7, 7, 3, 7])
+    times = np.array([5, 1, 9, 5, 0, 2])
+    assert data._place_from_end(users, times).tolist() == [2, 0, 0, 1, 1, 3]  # equal times: file order
+
+
+def test_movielens_is_split_as_published() -> None:
+    report, tune = (data.load("ml-100k", split, data_folder()) for split in ("report", "tune"))
+    assert (report.num_users, report.num_items, len(report.held_out)) == (943, 1642, 2 * 943)
+    assert len(report.train) + len(report.held_out) == 72_855
+    assert pairs_of(tune.held_out) <= pairs_of(report.train)
+    assert pairs_of(tune.train) == pairs_of(report.train) - pairs_of(tune.held_out)
+
+
+def gowalla_zip(folder: Path) -> tuple[str, set[tuple[int, int]], set[tuple[int, int]]]:
+    random = np.random.default_rng(0)
+    everything = np.unique(random.integers((30, 50), size=(400, 2)), axis=0)
+    random.shuffle(everything)
+    train, test = everything[:300], everything[300:]
+    with zipfile.ZipFile(folder / "gowalla.zip", "w") as archive:
+        for name, part in (("train", train), ("test", test)):
+            lines = ["user_id:token\titem_id:token", *(f"{user}\t{item}" for user, item in part)]
+            archive.writestr(f"Data/gowalla/gowalla.{name}.inter", "\n".join(lines))
+    return str(folder / "gowalla.zip"), set(map(tuple, train.tolist())), set(map(tuple, test.tolist()))
+
+
+def test_gowallas_negatives_are_no_check_ins(tmp_path: Path) -> None:
+    path, train, test = gowalla_zip(tmp_path)
+    report, tune = (data.load("gowalla", split, path) for split in ("report", "tune"))
+    for rows, pairs in ((report.train, train), (report.held_out, test)):
+        is_click = rows.labels_N == 1
+        assert pairs_of(rows[is_click]) == pairs
+        assert int(is_click.sum()) == int((~is_click).sum())
+        assert not pairs_of(rows[~is_click]) & (train | test)
+    clicks = [pairs_of(rows[rows.labels_N == 1]) for rows in (tune.train, tune.held_out)]
+    assert clicks[0] | clicks[1] == train
+    assert not clicks[0] & clicks[1]
+
+
+def test_early_stop_needs_both_to_be_worse() -> None:
+    history = gmf.History()
+    assert not history.add(0.5, 0.8)
+    assert not history.add(0.6, 0.8)  # BCE alone
+    assert not history.add(0.5, 0.7)  # AUC alone
+    assert history.add(0.506, 0.79)
+    assert (history.best_bce, history.best_auc) == (0.5, 0.8)
+
+
+@pytest.mark.parametrize(("share", "expected"), [("equal", [320, 350]), ("proportion", [280, 420])])
+def test_no_table_gets_more_than_a_full_one(share: str, expected: list[int]) -> None:
+    assert gmf.budgets(replace(SMALL, share=share, params=700), (40, 60)) == expected  # 40 ids of 8 dims are 320
+
+
+def test_a_run_learns_and_is_its_settings() -> None:
+    clicks = toy_clicks()
+    settings = replace(SMALL, epochs=20, learning_rate=0.02, method="full", params=None)
+    record, again = (gmf.run(settings, clicks) for _ in range(2))
+    assert record["best_bce"] < 0.6 < record["scores"][0][0]
+    assert record["scores"] == again["scores"]
+    assert record["params"] == (40 + 60) * 8
+    assert gmf.run(replace(settings, seed=2), clicks)["scores"] != record["scores"]
+
+
+def test_cheap_gradients_are_the_gradients() -> None:
+    clicks = toy_clicks()
+    sizes = (clicks.num_users, clicks.num_items)
+    gradients = []
+    for is_cheap in (False, True):
+        torch.manual_seed(0)
+        model = gmf.GMF(gmf.tables_of(SMALL, sizes, gmf.methods_of(SMALL, sizes)))
+        if is_cheap:
+            use_cheap_gradients(model)
+        (model(gmf.as_ids(clicks.train)) * clicks.train.labels_N).sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, atol=1e-6, rtol=1e-5)
+
+
+def test_budgets_and_reclusterings_are_kept() -> None:
+    settings = replace(SMALL, recluster_count=2, recluster_stop=1.0)
+    record = gmf.run(settings, toy_clicks())
+    assert (record["params"], record["reclusterings"]) == (256, 2)
+    assert record["total_bytes"] > record["codebook_bytes"] == 4 * 256
+    assert "the smallest" in gmf.run(replace(settings, params=8), toy_clicks())["does_not_fit"]
+
+
+def test_pq_is_of_the_trained_table() -> None:
+    clicks = toy_clicks()
+    full = replace(SMALL, method="full", params=None, epochs=20, learning_rate=0.02)
+    pq = gmf.run(replace(full, method="pq", params=2 * 60 * 8, options={"num_columns": 1}), clicks)
+    assert pq["scores"] == [pytest.approx(min(gmf.run(full, clicks)["scores"]), abs=1e-3)]  # a centroid an id
+
+
+def test_finished_runs_are_found_again(tmp_path: Path) -> None:
+    made_by = {"commit": "c", "hardware": "h", "torch": "t"}
+    old, new = ({"settings": asdict(replace(SMALL, seed=seed)), "made_by": made_by} for seed in (1, 2))
+    store.publish([old], tmp_path / "quality.json")
+    (tmp_path / "new.jsonl").write_text(json.dumps(new) + "\n")
+    assert store.records(tmp_path / "new.jsonl", tmp_path / "quality.json") == [old, new]
+
+
+def record(method: str, params: int | None, seed: int, bce: float) -> dict:
+    settings = asdict(plans.reported_settings("ml-100k", method, params, seed))
+    sizes = {"params": params or 82_720, "codebook_bytes": 4, "total_bytes": 2 * (params or 82_720)}
+    return {"settings": settings, "best_bce": bce, "best_auc": 0.7, **sizes, "made_by": {}}
+
+
+def test_the_first_match_is_the_smallest_size_as_good_as_full() -> None:
+    runs = [record("full", None, 1, 0.5), record("ce", 4_096, 1, 0.6)]
+    runs += [record("ce", 16_384, seed, bce) for seed, bce in ((1, 0.4), (2, 0.56))]  # a mean of 0.48
+    runs += [record("ce", 65_536, 1, 0.3), record("hashing_trick", 65_536, 1, 0.6)]
+    curves = page.points(runs, "ml-100k")
+    match = page.first_match(curves["ce"], curves["full"][0])
+    assert match is not None
+    assert match.mean("params") == 16_384
+    assert page.first_match(curves["hashing_trick"], curves["full"][0]) is None
+    text = page._matches(curves)
+    assert "| `ce` | 16,384 | 5.0x | 5.0x |" in text
+    assert "| `hashing_trick` | at no size tried | - | - |" in text
+
+
+def test_levers_are_tried_on_the_other_split_and_differ() -> None:
+    settings = [plans.lever_settings("ml-100k", name, 4_096, 1) for name in plans.LEVERS]
+    assert {one.split for one in settings} == {"tune"}
+    assert len({store.key_of(asdict(one)) for one in settings}) == len(settings)
+
+
+def test_differences_are_over_the_same_seeds() -> None:
+    base = page.Point("cce", [record("cce", 4_096, seed, 0.1 * seed) for seed in (1, 2, 3)])
+    changed = page.Point("ce", [record("ce", 4_096, 2, 0.25)])
+    assert changed.difference(base) == pytest.approx(0.05)
