@@ -13,6 +13,7 @@ from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.id_sharding import check_replicated
 from cce_torchrec.distributed.replicated import requested_optimizers, train_replicated
+from cce_torchrec.distributed.uneven import allow_uneven_batches
 from cce_torchrec.hashing import derive_seed
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.native.lookup import use_native_lookups
@@ -33,6 +34,7 @@ def shard_codebooks(
     requests = requested_optimizers(collection)
     sharded = ebc_sharder.shard(collection, params, env, device, module_fqn)
     train_replicated(sharded, requests)
+    allow_uneven_batches(sharded._output_dists, env.process_group)
     for lookup in sharded._lookups:
         use_native_lookups(lookup)
     return sharded

@@ -78,9 +78,7 @@ def check_training(rank: int, world_size: int, assignments: str, rest: Placement
     assert not dict(in_backward_optimizer_filter(dmp.named_parameters()))
     theirs = RowwiseAdagrad(reference, {})
     for step in range(4):
-        # TorchRec's own backward of row-wise tables takes batches of one size only.
-        sizes = [5 + 2 * r if rest is DATA_PARALLEL else 5 for r in range(world_size)]
-        batches = [batch(torch.Generator().manual_seed(10 * step + r), size) for r, size in enumerate(sizes)]
+        batches = [batch(torch.Generator().manual_seed(10 * step + r), 5 + 2 * r) for r in range(world_size)]
         expected = train_step(reference, batches)[rank]
         theirs.step()
         pooled = dmp(batches[rank])

@@ -1,8 +1,6 @@
 """Sharded training equals unsharded training, for every sharding type and every row method in one collection.
 
-Batch sizes differ between ranks, except in the training under row-wise types: there TorchRec's own backward fails on gloo,
-with a plain ``EmbeddingBagCollection`` too ("ProcessGroupGloo::allgather: invalid tensor size": the backward of the
-reduce-scatter gathers uneven batches). Forward alone works, so it is compared for uneven batches in every case.
+Batch sizes differ between ranks, in all steps but the first.
 """
 
 from collections.abc import Iterable
@@ -56,10 +54,6 @@ class Case:
     is_weighted: bool = False
     sign: bool = False
 
-    @property
-    def has_even_batches(self) -> bool:
-        return any(name in self.places for name in ("row_wise", "grid", "mixed"))
-
     def placements(self, names: list[str]) -> dict[str, Placement]:
         placements = (ON_2 if self.hosts == 1 else ON_4)[self.places](names)
         if self.optimizer == "rowwise_adagrad":
@@ -108,7 +102,7 @@ def check_parity(rank: int, world_size: int, case: Case) -> None:
         else RowwiseAdagrad(reference, shards)
     )
     for step in range(STEPS):
-        batches = batches_of(step, world_size, case, is_even=case.has_even_batches)
+        batches = batches_of(step, world_size, case, is_even=step == 0)
         expected = train_step(reference, batches)[rank]
         if ours is not None:
             ours.zero_grad()
@@ -118,9 +112,6 @@ def check_parity(rank: int, world_size: int, case: Case) -> None:
         if ours is not None:
             ours.step()
         theirs.step()
-    uneven = batches_of(STEPS, world_size, case, is_even=False)[rank]
-    with torch.no_grad():
-        assert_same_pooled(dmp(uneven), reference(uneven))
     torch.testing.assert_close(whole_state(dmp), dict(sorted(reference.state_dict().items())), rtol=1e-4, atol=1e-5)
     if isinstance(theirs, RowwiseAdagrad):
         sums = whole_fused_sums(dmp) | whole_optimizer_state(dmp, ours, "sum")
