@@ -5,9 +5,9 @@ TorchRec's own estimate ranks row-wise first and data-parallel last; measured st
 dims, one of the C columns of its table, n ids and R * n rows a bag, and a batch of B bags:
 
     data_parallel:                (W-1)/W * 2 * r * d * 4                                a gradient, in a ring
-      assignments sharded by id:  ... + (W-1)/W * B * (n * (8 / C + a) + 8 / C)          ids there, a bytes an id back
+      assignments sharded by id:  ... + (W-1)/W * B * n * (8 / C + a)                    ids there, a bytes an id back
     table_wise, column_wise:      (W-1)/W * B * (2 * d * 4 + (n * 8 + 8) / C)            vectors, gradients, ids, lengths
-    row_wise and its kin:         (W-1) * B * (2 * d * 4 + 8) + (W-1)/W * B * n * R * 8  partial sums, lengths, rows
+    row_wise and its kin:         (W-1) * B * (2 * d * 4 + 4) + (W-1)/W * B * n * R * 4  partial sums, lengths, rows
 
 Looking rows up reads and writes as much under each type.
 """
@@ -95,9 +95,9 @@ def sent_bytes(
         fetched = 0.0
         if has_sharded_assignments(table.config):
             assert isinstance(table.row_map, CCERowMap)
-            fetched = (ids * 8 + bags * 8) / columns + ids * table.row_map.assignments.element_size()
+            fetched = ids * 8 / columns + ids * table.row_map.assignments.element_size()
         return others / world_size * (2 * rows * dim * 4 + fetched)
     if sharding_type in _BY_TABLE:
         width = table.row_map.columns[0].dim
         return others * (2 * bags * dim * 4 + (ids * 8 + bags * 8) / columns * dim / width)
-    return others * bags * (2 * dim * 4 + 8) + others / world_size * lookups * 8
+    return others * bags * (2 * dim * 4 + 4) + others / world_size * lookups * 4
