@@ -106,6 +106,7 @@ class FetchGroup:
         self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self._tables]
         self._width = max(row_map.assignments.shape[1] for row_map in self._maps)
         self._dtype = max((row_map.assignments.dtype for row_map in self._maps), key=lambda dtype: dtype.itemsize)
+        self._sizes = [len(table.config.feature_names) for table in self._tables]
         self._features = [feature for table in self._tables for feature in table.config.feature_names]
         blocks = [-(-table.config.num_embeddings // env.world_size) for table in self._feature_tables()]
         self.input_dist: nn.Module = IdDist(env.process_group, blocks, device)
@@ -119,8 +120,7 @@ class FetchGroup:
         local = select_features(features, self._rewrite.features)
         asked = select_features(local, self._features)
         counts = asked.length_per_key()
-        sizes = [len(table.config.feature_names) for table in self._tables]
-        per_table = [sum(part) for part in _cut(counts, sizes)]
+        per_table = [sum(part) for part in _cut(counts, self._sizes)]
         ids = [check(ids_n) for check, ids_n in zip(self._checks, asked.values().split(per_table), strict=True)]
         awaitable, places_n, asked_W = self.input_dist(self._features, counts, torch.cat(ids))
         context = FetchContext(
@@ -152,8 +152,7 @@ class FetchGroup:
         """The assignments of the ids that the ranks ask for, rank by rank: [n, c]."""
         ids_n = received.values()
         answers_nc = torch.zeros(len(ids_n), self._width, dtype=self._dtype, device=ids_n.device)
-        sizes = [len(table.config.feature_names) for table in self._tables]
-        per_table = [sum(part) for part in _cut(received.length_per_key(), sizes)]
+        per_table = [sum(part) for part in _cut(received.length_per_key(), self._sizes)]
         pieces = zip(self._maps, ids_n.split(per_table), answers_nc.split(per_table), strict=True)
         for row_map, table_ids_n, out_nc in pieces:
             out_nc[:, : row_map.assignments.shape[1]] = row_map.assigned(table_ids_n)

@@ -120,6 +120,9 @@ class NativeLookup:
         self._tbe, self._fused = tbe, fused
         self._fallback: Callable[..., Tensor] = tbe.forward
         self._columns_F = tbe.D_offsets.to(torch.int64).cpu().contiguous()
+        features = _tables_of_features(tbe)
+        numbers = range(len(tbe.split_embedding_weights()))
+        self._features = [(features.index(t) if t in features else 0, features.count(t)) for t in numbers]
         self._num_rows = sum(len(weight) for weight in tbe.split_embedding_weights())
 
     def __call__(
@@ -140,7 +143,6 @@ class NativeLookup:
     def tables(self, gradient: Tensor | None = None) -> Any:
         """Where the tables are, as C structures; ``gradient``: dense, of all weights, to be added to."""
         tbe = self._tbe
-        features = _tables_of_features(tbe)
         weights = tbe.split_embedding_weights()
         adagrad = self._fused and tbe.optimizer == EmbOptimType.EXACT_ROWWISE_ADAGRAD
         momenta = [state[0].data_ptr() for state in tbe.split_optimizer_states()] if adagrad else [None] * len(weights)
@@ -153,10 +155,12 @@ class NativeLookup:
                     gradient=None if gradient is None else gradient.data_ptr() + weight.data_ptr() - flat,
                     rows=weight.shape[0],
                     dim=weight.shape[1],
-                    first_feature=features.index(table) if table in features else 0,
-                    num_features=features.count(table),
+                    first_feature=first_feature,
+                    num_features=num_features,
                 )
-                for table, (weight, momentum) in enumerate(zip(weights, momenta, strict=True))
+                for weight, momentum, (first_feature, num_features) in zip(
+                    weights, momenta, self._features, strict=True
+                )
             ]
         )
 
