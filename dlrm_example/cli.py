@@ -13,6 +13,7 @@ from dlrm_example.config import (
     parse_method_options,
 )
 from dlrm_example.data import DATASETS
+from dlrm_example.data.multi_hot import DISTRIBUTIONS
 
 DEFAULTS = TrainConfig(run_dir="")
 
@@ -32,7 +33,7 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _layer_sizes(text: str) -> tuple[int, ...]:
+def _sizes(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(size) for size in text.split(","))
     except ValueError:
@@ -87,6 +88,11 @@ def _add_data_flags(group: _Group) -> None:
     group.add("label_column", "for parquet: the column that must be the label of what was prepared")
     group.add("dense_columns", "for parquet: comma-separated, of those that were prepared (default: all)", type=_names)
     group.add("sparse_columns", "for parquet: comma-separated, of those that were prepared (default: all)", type=_names)
+    rows_help = "for parquet: comma-separated, rows of each sparse column's table; ids are taken modulo them"
+    group.add("num_embeddings_per_feature", f"{rows_help} (default: as prepared)", type=_sizes)
+    sizes_help = "for parquet: comma-separated, ids that each sparse column's one id becomes, as in MLPerf's benchmark"
+    group.add("multi_hot_sizes", f"{sizes_help} (default: 1 each)", type=_sizes)
+    group.add("multi_hot_distribution_type", f"of the ids that are added: one of {', '.join(DISTRIBUTIONS)}")
 
 
 def _add_compression_flags(group: _Group) -> None:
@@ -105,13 +111,13 @@ def _add_compression_flags(group: _Group) -> None:
 def _add_model_flags(group: _Group) -> None:
     group.add("embedding_dim", "dims of every embedding", type=int)
     dense_help = "the last is the embedding dim (default: 64,EMBEDDING_DIM)"
-    group.add("dense_arch_layer_sizes", dense_help, type=_layer_sizes, default=None)
-    group.add("over_arch_layer_sizes", "the last is 1", type=_layer_sizes)
+    group.add("dense_arch_layer_sizes", dense_help, type=_sizes, default=None)
+    group.add("over_arch_layer_sizes", "the last is 1", type=_sizes)
     group.add("interaction_type", f"one of {', '.join(INTERACTION_TYPES)}")
     group.add("dcn_num_layers", "for dcn", type=int)
     group.add("dcn_low_rank_dim", "for dcn", type=int)
-    group.add("interaction_branch1_layer_sizes", "for projection", type=_layer_sizes)
-    group.add("interaction_branch2_layer_sizes", "for projection", type=_layer_sizes)
+    group.add("interaction_branch1_layer_sizes", "for projection", type=_sizes)
+    group.add("interaction_branch2_layer_sizes", "for projection", type=_sizes)
 
 
 def _add_training_flags(group: _Group) -> None:

@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_type_hints
 
 from cce_torchrec import METHODS
 from dlrm_example.data import DATASETS
+from dlrm_example.data.multi_hot import DISTRIBUTIONS
 
 INTERACTION_TYPES = ("original", "dcn", "projection")
 OPTIMIZER_STATES = ("reset", "carry")
@@ -29,6 +30,9 @@ class TrainConfig:
     label_column: str | None = None
     dense_columns: tuple[str, ...] | None = None
     sparse_columns: tuple[str, ...] | None = None
+    num_embeddings_per_feature: tuple[int, ...] | None = None
+    multi_hot_sizes: tuple[int, ...] | None = None
+    multi_hot_distribution_type: Literal["uniform", "pareto"] = "uniform"
 
     method: str = "full"
     compression: float = 1.0
@@ -77,6 +81,7 @@ class TrainConfig:
         _check_choice("method", self.method, METHODS)
         _check_choice("recluster_optimizer_state", self.recluster_optimizer_state, OPTIMIZER_STATES)
         _check_choice("interaction_type", self.interaction_type, INTERACTION_TYPES)
+        _check_choice("multi_hot_distribution_type", self.multi_hot_distribution_type, DISTRIBUTIONS)
         _check_data(self)
         _check_numbers(self)
         _check_compression(self)
@@ -158,6 +163,9 @@ _POSITIVE = (
 )
 
 
+_SIZES = ("num_embeddings_per_feature", "multi_hot_sizes")
+
+
 def _check_data(config: TrainConfig) -> None:
     if config.dataset_name == "parquet":
         if config.data_path is None:
@@ -166,8 +174,12 @@ def _check_data(config: TrainConfig) -> None:
             raise UsageError(
                 "--discard_last is for movielens_100k; how parquet is split is up to dlrm_example.data.prepare"
             )
+        for name in _SIZES:
+            sizes = getattr(config, name)
+            if sizes is not None and min(sizes) < 1:
+                raise UsageError(f"--{name} {_joined(sizes)} must be numbers above 0")
         return
-    for name in ("label_column", "dense_columns", "sparse_columns"):
+    for name in ("label_column", "dense_columns", "sparse_columns", *_SIZES):
         if getattr(config, name) is not None:
             raise UsageError(f"--{name} is for --dataset_name parquet; {config.dataset_name} has columns of its own")
 

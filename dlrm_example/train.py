@@ -88,7 +88,14 @@ def set_up_process(config: TrainConfig) -> None:
 
 def load_dataset(config: TrainConfig, world: World) -> Dataset:
     """The data set, fetched by rank 0 where it is not cached."""
-    columns = ColumnChoice(label=config.label_column, dense=config.dense_columns, sparse=config.sparse_columns)
+    columns = ColumnChoice(
+        label=config.label_column,
+        dense=config.dense_columns,
+        sparse=config.sparse_columns,
+        num_embeddings=config.num_embeddings_per_feature,
+        multi_hot_sizes=config.multi_hot_sizes,
+        multi_hot_distribution=config.multi_hot_distribution_type,
+    )
     with main_rank_first(world):
         return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last, columns=columns)
 

@@ -7,7 +7,7 @@ Shape suffixes: N rows of a split, B rows of a batch, F dense features, T total 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torchrec.datasets.utils import Batch
@@ -36,11 +36,17 @@ class DatasetInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnChoice:
-    """Columns of a data set that names them freely; None for what it has."""
+    """Columns of a data set that names them freely, and what its ids look up; None for what it has.
+
+    `num_embeddings` and `multi_hot_sizes` have a number for each sparse column, in the order of `sparse`.
+    """
 
     label: str | None = None
     dense: tuple[str, ...] | None = None
     sparse: tuple[str, ...] | None = None
+    num_embeddings: tuple[int, ...] | None = None
+    multi_hot_sizes: tuple[int, ...] | None = None
+    multi_hot_distribution: Literal["uniform", "pareto"] = "uniform"
 
 
 class BatchLoader(Protocol):

@@ -6,9 +6,9 @@ block ahead. Nothing is done row by row. To begin in the middle of an epoch, not
 Shape suffixes: M rows of a block, P rows of this rank, F dense or one-hot features, B rows of a batch.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm_example.data.dataset import PADDING, BatchLoader, ColumnChoice, DatasetInfo, SparseFeature
 from dlrm_example.data.download import DataUnavailableError
-from dlrm_example.data.manifest import DataFile, Manifest, read_manifest
+from dlrm_example.data.manifest import DataFile, Manifest, SparseColumn, read_manifest
+from dlrm_example.data.multi_hot import Lookups, lookups_of
 from dlrm_example.data.order import Block, EpochOrder, batch_cuts
 from dlrm_example.data.prefetch import prefetch
 from dlrm_example.data.rows import Rows
@@ -35,14 +36,19 @@ class PreparedDataset:
 
     folder: Path
     manifest: Manifest
+    lookups: Mapping[str, Lookups] = field(default_factory=dict)  # of columns whose ids do not look up just themselves
 
     @property
     def info(self) -> DatasetInfo:
-        features = tuple(
-            SparseFeature(name=column.name, num_embeddings=column.num_embeddings, multi_hot=column.multi_hot)
-            for column in self.manifest.sparse
-        )
+        features = tuple(self._feature(column) for column in self.manifest.sparse)
         return DatasetInfo(name="parquet", sparse_features=features, dense_names=self.manifest.dense)
+
+    def _feature(self, column: SparseColumn) -> SparseFeature:
+        lookups = self.lookups.get(column.name)
+        if lookups is None:
+            return SparseFeature(name=column.name, num_embeddings=column.num_embeddings, multi_hot=column.multi_hot)
+        multi_hot = column.multi_hot or lookups.size > 1
+        return SparseFeature(name=column.name, num_embeddings=lookups.num_embeddings, multi_hot=multi_hot)
 
     def loader(
         self,
@@ -69,7 +75,7 @@ def open_prepared(folder: Path, columns: ColumnChoice) -> PreparedDataset:
     """Prepared data, with all of its features or those that are chosen.
 
     Raises:
-        DataUnavailableError: it is not prepared, not complete, or lacks a column.
+        DataUnavailableError: it is not prepared, not complete, lacks a column, or sizes do not fit its columns.
     """
     manifest = read_manifest(folder)
     if columns.label not in (None, manifest.label):
@@ -79,10 +85,7 @@ def open_prepared(folder: Path, columns: ColumnChoice) -> PreparedDataset:
     by_name = {column.name: column for column in manifest.sparse}
     sparse = [by_name[name] for name in _chosen("sparse", columns.sparse, sparse_names, folder)]
     one_hot_first = tuple(sorted(sparse, key=lambda column: column.multi_hot))
-    return PreparedDataset(
-        folder,
-        replace(manifest, dense=dense, sparse=one_hot_first),
-    )
+    return PreparedDataset(folder, replace(manifest, dense=dense, sparse=one_hot_first), lookups_of(sparse, columns))
 
 
 def _chosen(kind: str, wanted: tuple[str, ...] | None, there: tuple[str, ...], folder: Path) -> tuple[str, ...]:
@@ -185,12 +188,27 @@ class StreamingLoader:
     def _batch(self, rows: Rows, padding: int) -> Batch:
         """The rows, and some more of label `PADDING` with id 0 or none."""
         pad = torch.nn.functional.pad
-        one_hot_FB = pad(rows.one_hot_FP, (0, padding))
-        lengths = [pad(ids.offsets_N1.diff(), (0, padding)).int() for ids in rows.multi_hot]
+        ids, lengths = zip(*self._ids_and_lengths(rows, padding), strict=True)
         sparse = KeyedJaggedTensor(
             keys=[column.name for column in self.source.manifest.sparse],
-            values=torch.cat([one_hot_FB.reshape(-1), *(ids.values_T for ids in rows.multi_hot)]).long(),
-            lengths=torch.cat([torch.ones(one_hot_FB.numel(), dtype=torch.int32), *lengths]),
-            stride=one_hot_FB.shape[1],
+            values=torch.cat(ids).long(),
+            lengths=torch.cat(lengths),
+            stride=len(rows) + padding,
         )
         return Batch(pad(rows.dense_PF, (0, 0, 0, padding)), sparse, pad(rows.labels_P, (0, padding), value=PADDING))
+
+    def _ids_and_lengths(self, rows: Rows, padding: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Of one column after the other; the padding's rows have id 0 where every other row has one id, else none."""
+        pad, one_hot = torch.nn.functional.pad, len(rows.one_hot_FP)
+        for number, column in enumerate(self.source.manifest.sparse):
+            jagged = None if number < one_hot else rows.multi_hot[number - one_hot]
+            ids = rows.one_hot_FP[number] if jagged is None else jagged.values_T
+            lookups = self.source.lookups.get(column.name)
+            if lookups is not None:
+                ids = lookups.of(ids)
+            if jagged is not None:
+                yield ids, pad(jagged.offsets_N1.diff(), (0, padding)).int()
+            elif lookups is None or lookups.size == 1:
+                yield pad(ids, (0, padding)), torch.ones(len(rows) + padding, dtype=torch.int32)
+            else:
+                yield ids, pad(torch.full((len(rows),), lookups.size, dtype=torch.int32), (0, padding))
