@@ -6,6 +6,7 @@ from typing import Any
 
 from cce_torchrec import METHODS
 from dlrm_example.config import (
+    EMBEDDING_OPTIMIZERS,
     INTERACTION_TYPES,
     OPTIMIZER_STATES,
     TrainConfig,
@@ -123,8 +124,11 @@ def _add_model_flags(group: _Group) -> None:
 def _add_training_flags(group: _Group) -> None:
     group.add("learning_rate", "of embeddings and dense layers", type=float)
     group.add("eps", "of Adagrad", type=float)
-    adagrad_help = "dense layers by Adagrad instead of SGD; embeddings always have row-wise Adagrad"
-    group.add("adagrad", adagrad_help, action="store_true")
+    group.add("adagrad", "dense layers by Adagrad instead of SGD", action="store_true")
+    group.add("embedding_optimizer", f"of codebooks and tables: one of {', '.join(EMBEDDING_OPTIMIZERS)}")
+    group.add("lr_warmup_steps", "the learning rate rises from 0 in a line over so many steps; 0 for none", type=int)
+    group.add("lr_decay_start", "the step from which the learning rate falls", type=int)
+    group.add("lr_decay_steps", "it falls to 0 by a square over so many steps; 0 for never", type=int)
     group.add("epochs", "passes over the training rows", type=int)
     batch = group.one_of()
     batch.add("batch_size", "rows a step and rank", type=int)
@@ -133,6 +137,11 @@ def _add_training_flags(group: _Group) -> None:
     for split in ("train", "val", "test"):
         group.add(f"limit_{split}_batches", f"use at most this many {split} batches (an epoch)", type=int)
     group.add("validation_freq_within_epoch", "evaluate every N steps too, not only after each epoch", type=int)
+    group.add("validation_auroc", "stop at the first evaluation with at least this validation AUROC", type=float)
+    epoch_end_help = "evaluate after each epoch, not only after the last and every VALIDATION_FREQ_WITHIN_EPOCH steps"
+    group.add("evaluate_on_epoch_end", epoch_end_help, action=argparse.BooleanOptionalAction)
+    training_end_help = "score the test split once, when training ends, not whenever validation is the best so far"
+    group.add("evaluate_on_training_end", training_end_help, action="store_true")
     group.add("seed", "of weights, hashes, shuffling and re-clustering", type=int)
     timeout_help = "seconds after which a rank gives up waiting for the others"
     group.add("collective_timeout", timeout_help, type=float)
@@ -148,6 +157,8 @@ def _add_output_flags(group: _Group) -> None:
     group.add("checkpoint_every_epochs", checkpoint_help, type=int)
     steps_help = "save a checkpoint every N steps too, also within an epoch"
     group.add("checkpoint_every_steps", steps_help, type=int)
+    best_help = "where checkpoints are saved at all, save one whenever validation BCE is the best so far, too"
+    group.add("checkpoint_best", best_help, action=argparse.BooleanOptionalAction)
     resume_help = (
         "continue from the last complete checkpoint in run_dir, on any number of ranks with the same rows a step"
     )

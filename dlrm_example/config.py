@@ -11,6 +11,7 @@ from dlrm_example.data.multi_hot import DISTRIBUTIONS
 
 INTERACTION_TYPES = ("original", "dcn", "projection")
 OPTIMIZER_STATES = ("reset", "carry")
+EMBEDDING_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 
 OptionValue = int | float | bool | str
 
@@ -54,6 +55,10 @@ class TrainConfig:
     learning_rate: float = 0.05
     eps: float = 1e-8
     adagrad: bool = False
+    embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr_warmup_steps: int = 0
+    lr_decay_start: int = 0
+    lr_decay_steps: int = 0
     epochs: int = 10
     batch_size: int = 1024
     global_batch_size: int | None = None
@@ -62,10 +67,14 @@ class TrainConfig:
     limit_val_batches: int | None = None
     limit_test_batches: int | None = None
     validation_freq_within_epoch: int | None = None
+    validation_auroc: float | None = None
+    evaluate_on_epoch_end: bool = True
+    evaluate_on_training_end: bool = False
     seed: int = 1
 
     checkpoint_every_epochs: int = 1
     checkpoint_every_steps: int | None = None
+    checkpoint_best: bool = True
     resume: bool = False
     collective_timeout: float = 600.0
     num_threads: int = 1
@@ -82,8 +91,10 @@ class TrainConfig:
         _check_choice("recluster_optimizer_state", self.recluster_optimizer_state, OPTIMIZER_STATES)
         _check_choice("interaction_type", self.interaction_type, INTERACTION_TYPES)
         _check_choice("multi_hot_distribution_type", self.multi_hot_distribution_type, DISTRIBUTIONS)
+        _check_choice("embedding_optimizer", self.embedding_optimizer, EMBEDDING_OPTIMIZERS)
         _check_data(self)
         _check_numbers(self)
+        _check_schedule(self)
         _check_compression(self)
         _check_layers(self)
         if self.resume and self.overwrite:
@@ -189,7 +200,10 @@ def _check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name} is {value}; it must be above 0")
-    for name in ("discard_last", "recluster_count", "seed", "checkpoint_every_epochs"):
+    for name in (
+        *("discard_last", "recluster_count", "seed", "checkpoint_every_epochs"),
+        *("lr_warmup_steps", "lr_decay_start", "lr_decay_steps"),
+    ):
         if getattr(config, name) < 0:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be 0 or more")
     if config.embedding_dim % 4:
@@ -198,6 +212,16 @@ def _check_numbers(config: TrainConfig) -> None:
         raise UsageError(f"--seed is {config.seed}; it must be below 2^63")
     if not 0 < config.recluster_stop_after <= 1:
         raise UsageError(f"--recluster_stop_after is {config.recluster_stop_after}; it is a fraction of training")
+
+
+def _check_schedule(config: TrainConfig) -> None:
+    if config.lr_decay_steps and config.lr_decay_start < config.lr_warmup_steps:
+        raise UsageError(
+            f"--lr_decay_start {config.lr_decay_start} is before the warm-up ends, --lr_warmup_steps {config.lr_warmup_steps}; "
+            "the learning rate rises first, then falls"
+        )
+    if config.validation_auroc is not None and not 0.5 < config.validation_auroc <= 1:
+        raise UsageError(f"--validation_auroc is {config.validation_auroc}; it must be above 0.5 and at most 1")
 
 
 def _check_compression(config: TrainConfig) -> None:

@@ -36,7 +36,7 @@ def expected_ids(lookups: Lookups, number: int) -> list[int]:
         if lookups.distribution == "uniform":
             ids.append(bits % lookups.num_embeddings)
         else:
-            ids.append(int(math.floor((1 - (bits >> 11) / 2**53) ** -4.0 - 1)) % lookups.num_embeddings)
+            ids.append(math.floor((1 - (bits >> 11) / 2**53) ** -4.0 - 1) % lookups.num_embeddings)
     return ids
 
 
