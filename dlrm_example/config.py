@@ -37,6 +37,8 @@ class TrainConfig:
 
     method: str = "full"
     compression: float = 1.0
+    max_params_per_table: int | None = None
+    budget_bytes: int | None = None
     min_compressed_rows: int = 100
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     recluster_count: int = 6
@@ -170,7 +172,7 @@ _POSITIVE = (
     *("embedding_dim", "dcn_num_layers", "dcn_low_rank_dim", "min_compressed_rows", "learning_rate", "eps", "epochs"),
     *("batch_size", "test_batch_size", "num_threads", "validation_freq_within_epoch", "collective_timeout"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_steps"),
-    *("global_batch_size", "checkpoint_every_steps"),
+    *("global_batch_size", "checkpoint_every_steps", "max_params_per_table", "budget_bytes"),
 )
 
 
@@ -227,8 +229,13 @@ def _check_schedule(config: TrainConfig) -> None:
 def _check_compression(config: TrainConfig) -> None:
     if not (config.compression >= 1 and math.isfinite(config.compression)):
         raise UsageError(f"--compression is {config.compression}; it must be 1 or more")
-    if config.method == "full" and config.compression != 1:
-        raise UsageError(f"--method full cannot have --compression {config.compression:g}; choose another method")
+    sizes = {"compression": config.compression if config.compression != 1 else None}
+    sizes |= {"max_params_per_table": config.max_params_per_table, "budget_bytes": config.budget_bytes}
+    given = [f"--{name} {value:g}" for name, value in sizes.items() if value is not None]
+    if config.method == "full" and given:
+        raise UsageError(f"--method full cannot have {given[0]}; choose another method")
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are different ways to size the tables; give one")
 
 
 def _check_layers(config: TrainConfig) -> None:

@@ -5,10 +5,11 @@ Nothing here knows about MovieLens. A source that does not fit in memory need on
 Shape suffixes: N rows of a split, B rows of a batch, F dense features, T total ids.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torchrec.datasets.utils import Batch
 
@@ -27,11 +28,15 @@ class SparseFeature:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """Everything the model must know of the data."""
+    """Everything the model must know of the data.
+
+    `count_lookups` reads, where the data has it, how often each id of each sparse feature is looked up in an epoch.
+    """
 
     name: str
     sparse_features: tuple[SparseFeature, ...]
     dense_names: tuple[str, ...]
+    count_lookups: Callable[[], dict[str, np.ndarray]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ Distribution = Literal["uniform", "pareto"]
 DISTRIBUTIONS: tuple[str, ...] = get_args(Distribution)
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # of splitmix64
 _PARETO_SHAPE = 0.25
+_CHUNK_IDS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,15 @@ class Lookups:
         ids_NS[:, 0] = numbers_N
         ids_NS[:, 1:] = self._drawn(self._bits(numbers_N))
         return torch.from_numpy(ids_NS).reshape(-1)
+
+    def counts(self, counts_V: np.ndarray) -> np.ndarray:
+        """How often each row is looked up, where id v occurs `counts_V[v]` times."""
+        found = np.zeros(self.num_embeddings)
+        for start in range(0, len(counts_V), _CHUNK_IDS):
+            part = counts_V[start : start + _CHUNK_IDS]
+            ids = self.of(torch.arange(start, start + len(part)))
+            found += np.bincount(ids.numpy(), np.repeat(part, self.size), minlength=self.num_embeddings)
+        return found.astype(np.int64)
 
     def _bits(self, ids_N: np.ndarray) -> np.ndarray:
         """The first `size - 1` outputs of a splitmix64 generator that an id and the column seed."""

@@ -21,7 +21,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm_example.data.dataset import PADDING, BatchLoader, ColumnChoice, DatasetInfo, SparseFeature
 from dlrm_example.data.download import DataUnavailableError
-from dlrm_example.data.manifest import DataFile, Manifest, SparseColumn, read_manifest
+from dlrm_example.data.manifest import DataFile, Manifest, SparseColumn, column_file, read_manifest
 from dlrm_example.data.multi_hot import Lookups, lookups_of
 from dlrm_example.data.order import Block, EpochOrder, batch_cuts
 from dlrm_example.data.prefetch import prefetch
@@ -41,7 +41,18 @@ class PreparedDataset:
     @property
     def info(self) -> DatasetInfo:
         features = tuple(self._feature(column) for column in self.manifest.sparse)
-        return DatasetInfo(name="parquet", sparse_features=features, dense_names=self.manifest.dense)
+        return DatasetInfo(
+            name="parquet", sparse_features=features, dense_names=self.manifest.dense, count_lookups=self._count_lookups
+        )
+
+    def _count_lookups(self) -> dict[str, np.ndarray]:
+        """As counted by the preparation."""
+        counts = {}
+        for column in self.manifest.sparse:
+            counts_V = np.load(column_file(self.folder, "counts", column.name))
+            lookups = self.lookups.get(column.name)
+            counts[column.name] = counts_V if lookups is None else lookups.counts(counts_V)
+        return counts
 
     def _feature(self, column: SparseColumn) -> SparseFeature:
         lookups = self.lookups.get(column.name)

@@ -1,6 +1,7 @@
 """Synthetic multi-hot ids against plain Python's integers, their distributions, and batches that have them."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlrm_example.data import ColumnChoice, DataUnavailableError
+from dlrm_example.data import ColumnChoice, DataUnavailableError, multi_hot
 from dlrm_example.data import prepare as prepare_module
 from dlrm_example.data.multi_hot import Lookups
 from dlrm_example.data.streaming import open_prepared
@@ -70,6 +71,14 @@ def test_pareto_ids_follow_its_law() -> None:
         assert abs((drawn < bound).float().mean() - expected) < leaves + 4 * math.sqrt(0.25 / drawn.numel()), bound
 
 
+def test_counts_are_those_of_every_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_hot, "_CHUNK_IDS", 7)
+    lookups = Lookups(column="u", num_embeddings=11, size=3)
+    counts = [5, 0, 2, *range(20)]
+    expected = Counter(each for number, count in enumerate(counts) for each in expected_ids(lookups, number) * count)
+    assert lookups.counts(np.array(counts)).tolist() == [expected[number] for number in range(11)]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("multi_hot")
@@ -86,6 +95,10 @@ def test_batches_have_them(folder: Path, rank: int, world_size: int) -> None:
     features = {feature.name: feature for feature in source.info.sparse_features}
     assert {name: each.num_embeddings for name, each in features.items()} == {"u": 9, "i": 11, "tags": 3}
     assert [name for name, each in features.items() if each.multi_hot] == ["u", "tags"]
+    assert source.info.count_lookups is not None
+    counts = {name: found.sum() for name, found in source.info.count_lookups().items()}
+    train = prepared_rows(folder, "train")
+    assert counts == {"u": 4 * len(train), "i": len(train), "tags": sum(len(row["tags"]) for row in train)}
     by_number = {row["row"]: row for row in prepared_rows(folder, "val")}
     u = Lookups(column="u", num_embeddings=9, size=4)
     seen = 0

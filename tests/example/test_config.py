@@ -15,7 +15,7 @@ def test_defaults_of_flags_are_those_of_the_config() -> None:
 
 
 def test_every_field_has_a_flag() -> None:
-    flags = {action.dest for action in cli._parser()._actions} - {"help"}
+    flags = {action.dest for action in cli._parser()._actions} - {"help", "preset", "print_config"}
     assert flags == set(TrainConfig.__dataclass_fields__)
 
 
