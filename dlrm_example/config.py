@@ -8,16 +8,13 @@ from typing import Literal, get_args, get_type_hints
 from cce_torchrec import METHODS
 from dlrm_example.data import DATASETS
 from dlrm_example.data.multi_hot import DISTRIBUTIONS
+from dlrm_example.errors import UsageError
 
 INTERACTION_TYPES = ("original", "dcn", "projection")
 OPTIMIZER_STATES = ("reset", "carry")
 EMBEDDING_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 
 OptionValue = int | float | bool | str
-
-
-class UsageError(ValueError):
-    """A flag's value is unknown, contradicts another, or asks for what cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True)

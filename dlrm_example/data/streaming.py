@@ -19,9 +19,10 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from dlrm_example.data.advice import not_prepared
 from dlrm_example.data.dataset import PADDING, BatchLoader, ColumnChoice, DatasetInfo, SparseFeature
 from dlrm_example.data.download import DataUnavailableError
-from dlrm_example.data.manifest import DataFile, Manifest, SparseColumn, column_file, read_manifest
+from dlrm_example.data.manifest import MANIFEST, DataFile, Manifest, SparseColumn, column_file, read_manifest
 from dlrm_example.data.multi_hot import Lookups, lookups_of
 from dlrm_example.data.order import Block, EpochOrder, batch_cuts
 from dlrm_example.data.prefetch import prefetch
@@ -88,6 +89,8 @@ def open_prepared(folder: Path, columns: ColumnChoice) -> PreparedDataset:
     Raises:
         DataUnavailableError: it is not prepared, not complete, lacks a column, or sizes do not fit its columns.
     """
+    if not (folder / MANIFEST).exists():
+        raise not_prepared(folder, columns)
     manifest = read_manifest(folder)
     if columns.label not in (None, manifest.label):
         raise DataUnavailableError(f"{folder} was prepared with the label {manifest.label}, not {columns.label}")
