@@ -23,7 +23,7 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from benchmarks.harness import Spread, markdown_table, provenance, ratio, take_turns, write_results
+from benchmarks.harness import Spread, ratio, take_turns, write_results
 from dlrm_example.budget import plan_tables
 from dlrm_example.config import TrainConfig
 from dlrm_example.data import ColumnChoice
@@ -35,6 +35,8 @@ from dlrm_example.data.streaming import PreparedDataset, open_prepared
 from dlrm_example.data.truth import Truth
 from dlrm_example.distributed import World, process_group
 from dlrm_example.model import build_model, build_optimizer, shard_model
+from dlrm_example.provenance import provenance
+from dlrm_example.report import markdown_table
 
 NAME = "loader"
 METHODS = {"full": 1.0, "cce": 8.0}

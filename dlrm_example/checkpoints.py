@@ -128,9 +128,9 @@ def find_checkpoint(config: TrainConfig, world_size: int) -> Checkpoint | None:
     found = complete_checkpoints(Path(config.run_dir) / CHECKPOINTS)
     if not found:
         return None
-    differences = _differences(found[-1].settings, settings_that_matter(config, world_size))
-    if differences:
-        raise UsageError(f"--resume: {found[-1].path} was made with other settings: {'; '.join(differences)}")
+    changed = differences(found[-1].settings, settings_that_matter(config, world_size))
+    if changed:
+        raise UsageError(f"--resume: {found[-1].path} was made with other settings: {'; '.join(changed)}")
     return found[-1]
 
 
@@ -157,7 +157,8 @@ def settings_that_matter(config: TrainConfig, world_size: int) -> dict[str, Any]
     return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
 
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Settings that are not the same, and what they are."""
     names = sorted(saved.keys() | here.keys())
     return [
         f"{name} was {saved.get(name)} and is {here.get(name)}" for name in names if saved.get(name) != here.get(name)

@@ -14,11 +14,15 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 TERMINATED = 143  # 128 + SIGTERM
 
 
-def exit_code(run: Callable[[], None]) -> int:
+def exit_code(run: Callable[[], None], again: str = "with --resume") -> int:
     """What schedulers look at.
 
     0 for a finished run, 2 for flags that cannot be, 1 for data, training or ranks that failed, 130 for Ctrl-C, and 143 for
     a run that was stopped by SIGTERM and goes on from its checkpoint when it is started again.
+
+    Args:
+        run: what the command does.
+        again: how to start it again so that it goes on.
     """
     try:
         run()
@@ -29,10 +33,10 @@ def exit_code(run: Callable[[], None]) -> int:
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         if is_main_process():
-            print("\ninterrupted; a run with --run_dir goes on from its last checkpoint with --resume", file=sys.stderr)
+            print(f"\ninterrupted; a run with --run_dir goes on from its last checkpoint {again}", file=sys.stderr)
         return INTERRUPTED
     except StoppedError as error:
         if is_main_process():
-            print(f"{error}; goes on with --resume", file=sys.stderr)
+            print(f"{error}; goes on {again}", file=sys.stderr)
         return TERMINATED
     return 0

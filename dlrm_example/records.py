@@ -30,7 +30,8 @@ class Summary:
 
     `best_val_bce` and `best_val_auroc` are each the best of all evaluations; `test_bce` and `test_auroc` were measured
     at the evaluation with the best validation BCE. `train_seconds` leaves out evaluations and re-clusterings. `samples`
-    are rows seen by all ranks; 0 in summaries from before they were counted.
+    are rows seen by all ranks, and `embedding_bytes` what all tables store, parameters, assignments and the coefficients of
+    hashes; both are 0 in summaries from before they were counted.
     """
 
     method: str
@@ -51,6 +52,7 @@ class Summary:
     world_size: int
     seed: int
     samples: int = 0
+    embedding_bytes: int = 0
 
 
 class RunFiles:

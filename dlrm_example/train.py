@@ -27,6 +27,7 @@ from dlrm_example.data import DATASETS, ColumnChoice, Dataset
 from dlrm_example.distributed import World, elastic_job, main_rank_first, on_main_rank, process_group, restarts
 from dlrm_example.model import build_model, build_optimizer, collection_of, shard_model
 from dlrm_example.progress import Progress
+from dlrm_example.provenance import commit, hardware
 from dlrm_example.records import TENSORBOARD, RunFiles, Summary, check_free
 from dlrm_example.report import summary_table
 from dlrm_example.stop import stop_on_sigterm
@@ -88,6 +89,12 @@ def set_up_process(config: TrainConfig) -> None:
 
 def load_dataset(config: TrainConfig, world: World) -> Dataset:
     """The data set, fetched by rank 0 where it is not cached."""
+    with main_rank_first(world):
+        return open_dataset(config)
+
+
+def open_dataset(config: TrainConfig) -> Dataset:
+    """The data set, as one process opens it."""
     columns = ColumnChoice(
         label=config.label_column,
         dense=config.dense_columns,
@@ -96,8 +103,7 @@ def load_dataset(config: TrainConfig, world: World) -> Dataset:
         multi_hot_sizes=config.multi_hot_sizes,
         multi_hot_distribution=config.multi_hot_distribution_type,
     )
-    with main_rank_first(world):
-        return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last, columns=columns)
+    return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last, columns=columns)
 
 
 def start_files(files: RunFiles, config: TrainConfig, world: World) -> Checkpoint | None:
@@ -180,6 +186,7 @@ def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, wor
     return Summary(
         method=config.method,
         embedding_params=memory.total.num_params,
+        embedding_bytes=memory.total.codebook_bytes + memory.total.assignment_bytes,
         full_embedding_params=memory.total.full_params,
         compression_params=memory.parameter_ratio,
         compression_bytes=memory.bytes_ratio,
@@ -202,7 +209,7 @@ def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, wor
 def about_this_run() -> dict[str, Any]:
     """What `config.json` says beside the config."""
     versions = {name: version(name) for name in ("cce-torchrec", "torch", "torchrec")}
-    return {"versions": versions, "elastic_job": elastic_job()}
+    return {"versions": versions, "elastic_job": elastic_job(), "commit": commit(), "hardware": hardware()}
 
 
 if __name__ == "__main__":
