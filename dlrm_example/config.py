@@ -216,8 +216,8 @@ def _check_numbers(config: TrainConfig) -> None:
 def _check_schedule(config: TrainConfig) -> None:
     if config.lr_decay_steps and config.lr_decay_start < config.lr_warmup_steps:
         raise UsageError(
-            f"--lr_decay_start {config.lr_decay_start} is before the warm-up ends, --lr_warmup_steps {config.lr_warmup_steps}; "
-            "the learning rate rises first, then falls"
+            f"--lr_decay_start {config.lr_decay_start} is before the warm-up ends, --lr_warmup_steps "
+            f"{config.lr_warmup_steps}; the learning rate rises first, then falls"
         )
     if config.validation_auroc is not None and not 0.5 < config.validation_auroc <= 1:
         raise UsageError(f"--validation_auroc is {config.validation_auroc}; it must be above 0.5 and at most 1")

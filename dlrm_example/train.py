@@ -181,8 +181,9 @@ def make_schedule(
 
 def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, world: World) -> Summary:
     best = progress.best
-    assert best is not None, "a run evaluates after every epoch"
-    assert best.test is not None, "the best evaluation includes the test split"
+    assert best is not None, "a run evaluates at its end"
+    test = best.test or progress.evaluations[-1].test
+    assert test is not None, "the best evaluation includes the test split, or the last does"
     return Summary(
         method=config.method,
         embedding_params=memory.total.num_params,
@@ -194,8 +195,11 @@ def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, wor
         best_val_auroc=max(evaluation.val.auroc for evaluation in progress.evaluations),
         best_step=best.step,
         best_epoch=best.epoch,
-        test_bce=best.test.bce,
-        test_auroc=best.test.auroc,
+        test_bce=test.bce,
+        test_auroc=test.auroc,
+        test_ne=test.ne,
+        test_calibration=test.calibration,
+        target_auroc_step=progress.step_of(config.validation_auroc),
         steps=progress.step,
         samples=progress.samples,
         train_seconds=progress.train_seconds,

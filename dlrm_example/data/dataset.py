@@ -63,6 +63,10 @@ class BatchLoader(Protocol):
         """The batches of epoch `number` from batch `start` on: the same ones whenever it is asked for the same epoch."""
         ...
 
+    def position(self, number: int, batch: int) -> str:
+        """Where the rows of a batch of epoch `number`, over all ranks, are found in the data, in words."""
+        ...
+
 
 class Dataset(Protocol):
     """A named set of splits."""

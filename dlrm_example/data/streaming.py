@@ -161,16 +161,35 @@ class StreamingLoader:
 
     def _read_blocks(self, number: int, cuts: np.ndarray) -> Generator[Rows]:
         """This rank's rows of one block after the other, in the order of their positions."""
-        groups = [(file, group, rows) for file in self.files for group, rows in enumerate(file.row_groups)]
-        order = EpochOrder(
-            group_rows=np.array([rows for _, _, rows in groups]),
-            seed=None if self.shuffle_seed is None else (self.shuffle_seed, number),
-            world_size=self.world_size,
-        )
+        order, groups = self._order(number), self._groups()
         for block in order.blocks():
             positions_P = self._mine_of(block, cuts)
             if len(positions_P):
                 yield self._read(block, order.rows_at(block, positions_P), groups)
+
+    def _groups(self) -> list[tuple[DataFile, int, int]]:
+        """Every row group: its file, its number in it, and its rows."""
+        return [(file, group, rows) for file in self.files for group, rows in enumerate(file.row_groups)]
+
+    def _order(self, number: int) -> EpochOrder:
+        return EpochOrder(
+            group_rows=np.array([rows for _, _, rows in self._groups()]),
+            seed=None if self.shuffle_seed is None else (self.shuffle_seed, number),
+            world_size=self.world_size,
+        )
+
+    def position(self, number: int, batch: int) -> str:
+        first, last = self._cuts()[batch : batch + 2]
+        order, groups = self._order(number), self._groups()
+        by_file: dict[str, list[int]] = {}
+        for block in order.blocks():
+            positions_P = np.arange(max(first, block.start), min(last, block.end))
+            if len(positions_P):
+                for place in np.unique(_group_of_row(order.rows_at(block, positions_P), block, groups)):
+                    file, group, _ = groups[block.groups[place]]
+                    by_file.setdefault(file.path, []).append(group)
+        files = [f"{path} (row group {', '.join(map(str, sorted(found)))})" for path, found in sorted(by_file.items())]
+        return f"batch {batch + 1} of {len(self)}: rows of {'; '.join(files)} in {self.source.folder}"
 
     def _mine_of(self, block: Block, cuts: np.ndarray) -> np.ndarray:
         """This rank's positions of a block, within those batches."""
@@ -182,8 +201,8 @@ class StreamingLoader:
 
     def _read(self, block: Block, rows_P: np.ndarray, groups: list[tuple[DataFile, int, int]]) -> Rows:
         """Those rows of the block, from the row groups that hold any of them."""
-        starts = np.cumsum([0, *(groups[group][2] for group in block.groups)])
-        group_of_row = np.searchsorted(starts, rows_P, side="right") - 1
+        starts = _starts(block, groups)
+        group_of_row = _group_of_row(rows_P, block, groups)
         needed = np.unique(group_of_row)
         table = pa.concat_tables([self._read_group(*groups[block.groups[place]][:2]) for place in needed])
         moved = np.zeros(len(block.groups), np.int64)  # where a row of a group is now, less where it was
@@ -226,3 +245,13 @@ class StreamingLoader:
                 yield pad(ids, (0, padding)), torch.ones(len(rows) + padding, dtype=torch.int32)
             else:
                 yield ids, pad(torch.full((len(rows),), lookups.size, dtype=torch.int32), (0, padding))
+
+
+def _starts(block: Block, groups: list[tuple[DataFile, int, int]]) -> np.ndarray:
+    """The first row of each of the block's groups, counted over the block, and its end."""
+    return np.cumsum([0, *(groups[group][2] for group in block.groups)])
+
+
+def _group_of_row(rows_P: np.ndarray, block: Block, groups: list[tuple[DataFile, int, int]]) -> np.ndarray:
+    """Which of the block's groups each row is in."""
+    return np.searchsorted(_starts(block, groups), rows_P, side="right") - 1

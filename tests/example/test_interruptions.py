@@ -138,7 +138,9 @@ def test_a_window_by_its_definitions() -> None:
     window = Window(World(0, 1, torch.device("cpu")))
     logits, labels = torch.randn(50, generator=generator), (torch.rand(50, generator=generator) < 0.4).float()
     for first, last, loss in ((0, 20, 0.5), (20, 50, 0.7)):
-        window.add(loss, logits[first:last], labels[first:last], seconds=0.25)
+        window.add(logits[first:last], labels[first:last])
+        window.losses.append(loss)
+        window.seconds += 0.25
     scores = window.scores()
     positive, negative = logits[labels == 1][:, None], logits[labels == 0][None, :]
     assert scores["auroc"] == pytest.approx((positive > negative).float().mean().item(), abs=1e-6)
