@@ -6,7 +6,7 @@ import torch
 
 from cce_torchrec import METHODS, CompressedEmbeddingBagConfig, plan_compression
 from cce_torchrec.methods import DecodeMethod, FullTable, MethodConfig
-from dlrm_example.config import OptionValue, TrainConfig, UsageError
+from dlrm_example.config import OptionValue, TrainConfig, UsageError, recluster_config
 from dlrm_example.data import DatasetInfo, SparseFeature
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,7 @@ def _of_bytes(info: DatasetInfo, config: TrainConfig, budget_bytes: int) -> dict
             statistics=None if counts is None else {f"t_{name}": counts[name] for name in counts},
             methods={config.method: _overrides(config)},
             optimizer=config.embedding_optimizer,
+            recluster=recluster_config(config),
             device_type="cuda" if torch.cuda.is_available() else "cpu",
         )
     except ValueError as error:

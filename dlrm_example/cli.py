@@ -161,6 +161,7 @@ def _add_compression_flags(group: _Group) -> None:
     group.add("recluster_stop_after", "fraction of training after which no re-clustering happens", type=float)
     state_help = f"of re-clustered rows: one of {', '.join(OPTIMIZER_STATES)}"
     group.add("recluster_optimizer_state", state_help)
+    group.add("recluster_decode_batch_size", "ids whose vectors a re-clustering holds at a time", type=int)
 
 
 def _add_model_flags(group: _Group) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
-from cce_torchrec import METHODS
+from cce_torchrec import METHODS, ReclusterConfig
 from dlrm_example.data import DATASETS
 from dlrm_example.data.multi_hot import DISTRIBUTIONS
 from dlrm_example.errors import UsageError
@@ -41,6 +41,7 @@ class TrainConfig:
     recluster_count: int = 6
     recluster_stop_after: float = 0.8
     recluster_optimizer_state: Literal["reset", "carry"] = "reset"
+    recluster_decode_batch_size: int = ReclusterConfig.decode_batch_size
 
     embedding_dim: int = 32
     dense_arch_layer_sizes: tuple[int, ...] = (64, 32)
@@ -98,6 +99,13 @@ class TrainConfig:
         _check_layers(self)
         if self.resume and self.overwrite:
             raise UsageError("--resume continues what --overwrite would replace; give one of them")
+
+
+def recluster_config(config: TrainConfig) -> ReclusterConfig:
+    """How a training re-clusters, and what memory for it a budget counts."""
+    return ReclusterConfig(
+        optimizer_state=config.recluster_optimizer_state, decode_batch_size=config.recluster_decode_batch_size
+    )
 
 
 def default_compression(method: str) -> float:
@@ -170,6 +178,7 @@ _POSITIVE = (
     *("batch_size", "test_batch_size", "num_threads", "validation_freq_within_epoch", "collective_timeout"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_steps"),
     *("global_batch_size", "checkpoint_every_steps", "max_params_per_table", "budget_bytes"),
+    "recluster_decode_batch_size",
 )
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from cce_torchrec import ReclusterConfig, ReclusterReport, recluster
+from cce_torchrec import ReclusterReport, recluster
 from dlrm_example.board import Board
 from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import ROWS_A_STEP, Checkpoint, Checkpoints, complete_checkpoints
 from dlrm_example.commands import exit_code
-from dlrm_example.config import TrainConfig, UsageError, divide_global_batch
+from dlrm_example.config import TrainConfig, UsageError, divide_global_batch, recluster_config
 from dlrm_example.console import log_of_this_rank, set_up_logging
 from dlrm_example.distributed import World, on_main_rank, process_group
 from dlrm_example.model import build_model, build_optimizer, shard_model
@@ -88,7 +88,7 @@ def _recluster(
     model: DistributedModelParallel, optimizer: CombinedOptimizer, seed: int, config: TrainConfig
 ) -> ReclusterReport:
     try:
-        settings = ReclusterConfig(optimizer_state=config.recluster_optimizer_state)
+        settings = recluster_config(config)
         return recluster(model, seed=seed, config=settings, optimizer=optimizer)
     except ValueError as error:
         raise UsageError(f"this checkpoint cannot be re-clustered: {error}") from error

@@ -14,14 +14,14 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, ReclusterSchedule
+from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterSchedule
 from cce_torchrec.memory import MemoryReport
 from dlrm_example.board import Board, check_tensorboard
 from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from dlrm_example.cli import parse_config
 from dlrm_example.commands import exit_code
-from dlrm_example.config import TrainConfig, divide_global_batch
+from dlrm_example.config import TrainConfig, divide_global_batch, recluster_config
 from dlrm_example.console import is_main_process, log_of_this_rank, set_up_logging
 from dlrm_example.data import DATASETS, ColumnChoice, Dataset
 from dlrm_example.distributed import World, elastic_job, main_rank_first, on_main_rank, process_group, restarts
@@ -173,7 +173,7 @@ def make_schedule(
         count=config.recluster_count,
         stop_after_fraction=config.recluster_stop_after,
         seed=config.seed,
-        config=ReclusterConfig(optimizer_state=config.recluster_optimizer_state),
+        config=recluster_config(config),
     )
     logger.info("re-clustering %s after steps %s of %d", ", ".join(names), schedule.steps, total_steps)
     return schedule
