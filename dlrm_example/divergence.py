@@ -77,7 +77,9 @@ class Watch:
         names = _not_finite(model, optimizer, self._world)
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise self.diverged(f"{names[0]}{more} became infinite or NaN in {self.steps_to_blame}, and nothing was saved")
+            raise self.diverged(
+                f"{names[0]}{more} became infinite or NaN in {self.steps_to_blame}, and nothing was saved"
+            )
         self._finite_step, self._largest = self._step, (0.0, 0)
 
     @property
