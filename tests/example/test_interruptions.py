@@ -19,10 +19,11 @@ from dlrm_example.data import DATASETS
 from dlrm_example.distributed import World
 from dlrm_example.model import build_model, collection_of
 from dlrm_example.records import METRICS, read_metrics
-from dlrm_example.stop import StoppedError
+from dlrm_example.stop import StoppedError, StopRequest, StopVote
 from dlrm_example.train import train
 from dlrm_example.trainer import Trainer
 from dlrm_example.windows import Window
+from tests.distributed.harness import RankPool
 from tests.example.test_resume import outcome
 
 Configs = Callable[..., TrainConfig]
@@ -106,6 +107,22 @@ def test_torchruns_name_for_unnamed_jobs_is_nobodys(small_config: Configs, monke
         train(small_config())
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train(small_config()).steps == 12
+
+
+def votes(rank: int, world_size: int) -> list[bool]:
+    """Rank 1 is asked in the third step."""
+    request = StopRequest()
+    vote = StopVote(request, World(rank, world_size, torch.device("cpu")), timeout=30.0)
+    passed = []
+    for step in range(1, 7):
+        request.made = request.made or (rank, step) == (1, 3)
+        passed.append(vote.passed())
+    return passed
+
+
+@pytest.mark.distributed
+def test_one_rank_s_request_stops_all_in_the_next_step(ranks2: RankPool) -> None:
+    assert ranks2.run(votes) == [[False, False, False, True, True, True]] * 2
 
 
 def test_random_numbers_go_on(small_config: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
