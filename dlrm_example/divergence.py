@@ -38,6 +38,7 @@ class Watch:
         self._batches, self._checkpoints, self._world = batches, checkpoints, world
         self._step = self._finite_step = first_step
         self._losses: list[Tensor] = []
+        self._largest = (0.0, 0)  # loss and its step, since weights were last looked at
 
     def add(self, loss: Tensor) -> None:
         """The next step's."""
@@ -59,10 +60,13 @@ class Watch:
         losses = [total / self._world.size for total in totals_S.tolist()]
         for step, loss in enumerate(losses, self._step - len(losses) + 1):
             if not math.isfinite(loss):
-                epoch, batch = divmod(step - 1, len(self._batches))
-                where = f"epoch {epoch + 1}, {self._batches.position(epoch + 1, batch)}"
-                raise self.diverged(f"the training loss is {loss} at step {step} ({where})")
+                raise self.diverged(f"the training loss is {loss} at step {step} ({self._where(step)})")
+            self._largest = max(self._largest, (loss, step))
         return losses
+
+    def _where(self, step: int) -> str:
+        epoch, batch = divmod(step - 1, len(self._batches))
+        return f"epoch {epoch + 1}, {self._batches.position(epoch + 1, batch)}"
 
     def check_weights(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Look at all that a checkpoint would hold.
@@ -73,8 +77,10 @@ class Watch:
         names = _not_finite(model, optimizer, self._world)
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise self.diverged(f"{names[0]}{more} became infinite or NaN in {self.steps_to_blame}; nothing was saved")
-        self._finite_step = self._step
+            raise self.diverged(
+                f"{names[0]}{more} became infinite or NaN in {self.steps_to_blame}, and nothing was saved"
+            )
+        self._finite_step, self._largest = self._step, (0.0, 0)
 
     @property
     def steps_to_blame(self) -> str:
@@ -83,9 +89,11 @@ class Watch:
 
     def diverged(self, what: str) -> TrainingDivergedError:
         """To be raised, by all ranks."""
+        loss, step = self._largest
+        before = f"; before that, the largest loss was {loss:.4g} at step {step} ({self._where(step)})" if step else ""
         return TrainingDivergedError(
-            f"{what}; try a smaller --learning_rate, or look for values that are not finite in the data; the last good "
-            f"checkpoint is {self._checkpoints.last_path()}"
+            f"{what}{before}; try a smaller --learning_rate, or look for outliers in those rows; the last good checkpoint is "
+            f"{self._checkpoints.last_path()}"
         )
 
 

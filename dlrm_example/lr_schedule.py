@@ -51,5 +51,6 @@ class LearningRateSchedule:
 
     def apply(self, optimizer: Optimizer, step: int) -> None:
         """Set it for a step to come. Optimizers that run in backward read it in `zero_grad`, before their step."""
+        learning_rate = self.at(step)
         for group in optimizer.param_groups:
-            group["lr"] = self.at(step)
+            group["lr"] = learning_rate

@@ -17,15 +17,14 @@ def record_reclustering(
     """Account for it in the progress too; collective."""
     progress.recluster_seconds += seconds
     progress.reclusterings += 1
-    counts = assignment_counts(model)
-    tables = []
-    for table in report.tables:
-        entropy = entropy_bits(counts[table.table])
-        tables.append({**asdict(table), "assignment_entropy_bits": entropy})
-        group = f"recluster/{table.table}"
-        scores = {"relative_squared_error": table.relative_squared_error, "moved_fraction": table.moved_fraction}
-        board.add(group, progress.step, **scores)
-        for column, (bits, counts_K) in enumerate(zip(entropy, counts[table.table].numpy(), strict=True)):
-            board.add(f"{group}/assignment_entropy_bits", progress.step, **{f"column_{column}": bits})
-            board.add_counts(f"{group}/assignments/column_{column}", progress.step, counts_K)
-    files.log(event="recluster", step=progress.step, epoch=progress.epoch, seconds=seconds, tables=tables)
+    step = progress.step
+    entropies: dict[str, list[float]] = {table.table: [] for table in report.tables}
+    for table, column, counts_K in assignment_counts(model):
+        entropies[table].append(entropy_bits(counts_K))
+        board.add(f"recluster/{table}/assignment_entropy_bits", step, **{f"column_{column}": entropies[table][-1]})
+        board.add_counts(f"recluster/{table}/assignments/column_{column}", step, counts_K.numpy())
+    for changed in report.tables:
+        scores = {"relative_squared_error": changed.relative_squared_error, "moved_fraction": changed.moved_fraction}
+        board.add(f"recluster/{changed.table}", step, **scores)
+    tables = [{**asdict(each), "assignment_entropy_bits": entropies[each.table]} for each in report.tables]
+    files.log(event="recluster", step=step, epoch=progress.epoch, seconds=seconds, tables=tables)
