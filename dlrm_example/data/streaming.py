@@ -8,7 +8,7 @@ Shape suffixes: M rows of a block, P rows of this rank, F dense or one-hot featu
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,96 +19,15 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from dlrm_example.data.advice import not_prepared
-from dlrm_example.data.dataset import PADDING, BatchLoader, ColumnChoice, DatasetInfo, SparseFeature
+from dlrm_example.data.dataset import PADDING
 from dlrm_example.data.download import DataUnavailableError
-from dlrm_example.data.manifest import MANIFEST, DataFile, Manifest, SparseColumn, column_file, read_manifest
-from dlrm_example.data.multi_hot import Lookups, lookups_of
+from dlrm_example.data.manifest import DataFile, Manifest
+from dlrm_example.data.multi_hot import Lookups
 from dlrm_example.data.order import Block, EpochOrder, batch_cuts
 from dlrm_example.data.prefetch import prefetch
 from dlrm_example.data.rows import Rows
 
 BLOCKS_AHEAD, BATCHES_AHEAD = 1, 4
-
-
-@dataclass(frozen=True)
-class PreparedDataset:
-    """A folder that `dlrm_example.data.prepare` made; one-hot columns come first in a batch."""
-
-    folder: Path
-    manifest: Manifest
-    lookups: Mapping[str, Lookups] = field(default_factory=dict)  # of columns whose ids do not look up just themselves
-
-    @property
-    def info(self) -> DatasetInfo:
-        features = tuple(self._feature(column) for column in self.manifest.sparse)
-        return DatasetInfo(
-            name="parquet", sparse_features=features, dense_names=self.manifest.dense, count_lookups=self._count_lookups
-        )
-
-    def _count_lookups(self) -> dict[str, np.ndarray]:
-        """As counted by the preparation."""
-        counts = {}
-        for column in self.manifest.sparse:
-            counts_V = np.load(column_file(self.folder, "counts", column.name))
-            lookups = self.lookups.get(column.name)
-            counts[column.name] = counts_V if lookups is None else lookups.counts(counts_V)
-        return counts
-
-    def _feature(self, column: SparseColumn) -> SparseFeature:
-        lookups = self.lookups.get(column.name)
-        if lookups is None:
-            return SparseFeature(name=column.name, num_embeddings=column.num_embeddings, multi_hot=column.multi_hot)
-        multi_hot = column.multi_hot or lookups.size > 1
-        return SparseFeature(name=column.name, num_embeddings=lookups.num_embeddings, multi_hot=multi_hot)
-
-    def loader(
-        self,
-        split: str,
-        *,
-        batch_size: int,
-        limit_batches: int | None = None,
-        shuffle_seed: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> BatchLoader:
-        return StreamingLoader(
-            source=self,
-            files=self.manifest.splits[split],
-            batch_size=batch_size,
-            limit_batches=limit_batches,
-            shuffle_seed=shuffle_seed,
-            rank=rank,
-            world_size=world_size,
-        )
-
-
-def open_prepared(folder: Path, columns: ColumnChoice) -> PreparedDataset:
-    """Prepared data, with all of its features or those that are chosen.
-
-    Raises:
-        DataUnavailableError: it is not prepared, not complete, lacks a column, or sizes do not fit its columns.
-    """
-    if not (folder / MANIFEST).exists():
-        raise not_prepared(folder, columns)
-    manifest = read_manifest(folder)
-    if columns.label not in (None, manifest.label):
-        raise DataUnavailableError(f"{folder} was prepared with the label {manifest.label}, not {columns.label}")
-    sparse_names = tuple(column.name for column in manifest.sparse)
-    dense = _chosen("dense", columns.dense, manifest.dense, folder)
-    by_name = {column.name: column for column in manifest.sparse}
-    sparse = [by_name[name] for name in _chosen("sparse", columns.sparse, sparse_names, folder)]
-    one_hot_first = tuple(sorted(sparse, key=lambda column: column.multi_hot))
-    return PreparedDataset(folder, replace(manifest, dense=dense, sparse=one_hot_first), lookups_of(sparse, columns))
-
-
-def _chosen(kind: str, wanted: tuple[str, ...] | None, there: tuple[str, ...], folder: Path) -> tuple[str, ...]:
-    missing = [name for name in wanted or () if name not in there]
-    if missing:
-        raise DataUnavailableError(
-            f"{folder} was prepared without the {kind} columns {', '.join(missing)}; it has {', '.join(there)}"
-        )
-    return there if wanted is None else wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +38,9 @@ class StreamingLoader:
     ranks does not divide 2^6 x 3 x 5 x 7, of the other batches too. Unshuffled splits are padded instead.
     """
 
-    source: PreparedDataset
+    folder: Path
+    manifest: Manifest
+    lookups: Mapping[str, Lookups]
     files: tuple[DataFile, ...]
     batch_size: int
     limit_batches: int | None = None
@@ -147,7 +68,7 @@ class StreamingLoader:
                 wanted = len(self._mine(first, last))
                 while sum(map(len, waiting)) < wanted:
                     waiting.append(next(blocks))
-                rows = Rows.joined(waiting, self.source.manifest)
+                rows = Rows.joined(waiting, self.manifest)
                 waiting = [rows.part(wanted, len(rows))] if len(rows) > wanted else []
                 share = -(-int(last - first) // self.world_size) if self.shuffle_seed is None else wanted
                 batch = self._batch(rows.part(0, wanted), share - wanted)
@@ -189,7 +110,7 @@ class StreamingLoader:
                     file, group, _ = groups[block.groups[place]]
                     by_file.setdefault(file.path, []).append(group)
         files = [f"{path} (row group {', '.join(map(str, sorted(found)))})" for path, found in sorted(by_file.items())]
-        return f"batch {batch + 1} of {len(self)}: rows of {'; '.join(files)} in {self.source.folder}"
+        return f"batch {batch + 1} of {len(self)}: rows of {'; '.join(files)} in {self.folder}"
 
     def _mine_of(self, block: Block, cuts: np.ndarray) -> np.ndarray:
         """This rank's positions of a block, within those batches."""
@@ -207,10 +128,10 @@ class StreamingLoader:
         table = pa.concat_tables([self._read_group(*groups[block.groups[place]][:2]) for place in needed])
         moved = np.zeros(len(block.groups), np.int64)  # where a row of a group is now, less where it was
         moved[needed] = np.cumsum([0, *np.diff(starts)[needed]])[:-1] - starts[needed]
-        return Rows.of_table(table, self.source.manifest, torch.from_numpy(rows_P + moved[group_of_row]))
+        return Rows.of_table(table, self.manifest, torch.from_numpy(rows_P + moved[group_of_row]))
 
     def _read_group(self, file: DataFile, group: int) -> pa.Table:
-        manifest, path = self.source.manifest, self.source.folder / file.path
+        manifest, path = self.manifest, self.folder / file.path
         columns = [manifest.label, *manifest.dense, *(column.name for column in manifest.sparse)]
         try:
             with pq.ParquetFile(path) as opened:
@@ -223,7 +144,7 @@ class StreamingLoader:
         pad = torch.nn.functional.pad
         ids, lengths = zip(*self._ids_and_lengths(rows, padding), strict=True)
         sparse = KeyedJaggedTensor(
-            keys=[column.name for column in self.source.manifest.sparse],
+            keys=[column.name for column in self.manifest.sparse],
             values=torch.cat(ids).long(),
             lengths=torch.cat(lengths),
             stride=len(rows) + padding,
@@ -233,10 +154,10 @@ class StreamingLoader:
     def _ids_and_lengths(self, rows: Rows, padding: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Of one column after the other; the padding's rows have id 0 where every other row has one id, else none."""
         pad, one_hot = torch.nn.functional.pad, len(rows.one_hot_FP)
-        for number, column in enumerate(self.source.manifest.sparse):
+        for number, column in enumerate(self.manifest.sparse):
             jagged = None if number < one_hot else rows.multi_hot[number - one_hot]
             ids = rows.one_hot_FP[number] if jagged is None else jagged.values_T
-            lookups = self.source.lookups.get(column.name)
+            lookups = self.lookups.get(column.name)
             if lookups is not None:
                 ids = lookups.of(ids)
             if jagged is not None:

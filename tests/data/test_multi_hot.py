@@ -12,7 +12,7 @@ import torch
 from dlrm_example.data import ColumnChoice, DataUnavailableError, multi_hot
 from dlrm_example.data import prepare as prepare_module
 from dlrm_example.data.multi_hot import Lookups
-from dlrm_example.data.streaming import open_prepared
+from dlrm_example.data.prepared import open_prepared
 from tests.data.rows import COLUMNS, prepared_rows, raw_rows, write
 
 MASK = 2**64 - 1

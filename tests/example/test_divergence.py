@@ -20,7 +20,7 @@ from dlrm_example.data import DATASETS, ColumnChoice, order
 from dlrm_example.data import prepare as prepare_module
 from dlrm_example.data.manifest import read_manifest
 from dlrm_example.data.prepare import main as prepare
-from dlrm_example.data.streaming import open_prepared
+from dlrm_example.data.prepared import open_prepared
 from dlrm_example.divergence import TrainingDivergedError
 from dlrm_example.records import METRICS
 from dlrm_example.train import main, train
