@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
+from dlrm_example.data.encoding import is_list
 from dlrm_example.errors import UsageError
 
 PART_ROWS = 1 << 18  # about as many a part, which is what a resumed preparation skips
@@ -128,11 +129,18 @@ def _common_schema(first: pa.Schema, fragments: Sequence[Any], wanted: Collectio
 
 
 def _common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
-    """Of several, dictionaries are as good as their values; string views cannot be filtered."""
-    if len(kinds) > 1:
-        kinds = [kind.value_type if pa.types.is_dictionary(kind) else kind for kind in kinds]
-    schemas = [pa.schema([("column", pa.string() if pa.types.is_string_view(kind) else kind)]) for kind in kinds]
+    plain = [_plain(kind) for kind in kinds] if len(kinds) > 1 or pa.types.is_string_view(kinds[0]) else kinds
+    schemas = [pa.schema([("column", kind)]) for kind in plain]
     return pa.unify_schemas(schemas, promote_options="permissive").field("column").type
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Dictionaries are as good as their values, lists as others; string views cannot be filtered."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if is_list(kind):
+        return pa.large_list(_plain(kind.value_type))
+    return pa.string() if pa.types.is_string_view(kind) else kind
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,10 @@ KINDS = {  # types of the column u in two files, and its values
         (pa.list_(pa.int8(), 2), [[1, 2], None, [1, 1], [2, 2], [3, 3]]),
         (pa.large_list(pa.int64()), [[2**40]] * 5),
     ),
+    "lists of texts": (
+        (pa.list_(pa.dictionary(pa.int8(), pa.string())), [["a", None], None, [], ["b", "a"], ["c"]]),
+        (pa.large_list(pa.string()), [["d"], ["a"], None, ["b", None, "b"], []]),
+    ),
     "texts": ((pa.dictionary(pa.int8(), pa.string()), list("abcab")), (pa.large_string(), ["a", "b", None, "d", ""])),
     "views": ((pa.string_view(), list("abcab")), (pa.string_view(), ["a", "b", None, "d", ""])),
     "booleans": ((pa.bool_(), [True, None, False, True, True]), (pa.null(), [None] * 5)),
