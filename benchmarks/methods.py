@@ -151,7 +151,8 @@ def page(table: str, content: dict[str, Any]) -> str:
 Scores are the mean ± standard deviation over seeds {", ".join(map(str, SEEDS))}: best validation BCE and AUROC over
 the epochs, test scores at the epoch of the best BCE. Three seeds do not tell methods apart whose means are nearer than these
 spreads. «Params» and «bytes in all» are those of all tables together, small ones that stay full included; bytes count
-everything that is stored, assignments and hash coefficients too. `low_dim` grows by four dims at a time, and uses less of some budgets.
+everything that is stored, assignments and hash coefficients too. `low_dim` grows by four dims at a time, and uses less of
+some budgets.
 
 «Step / full step» is the processor time of a whole training step on one thread, of the DLRM with its optimizers,
 relative to full tables': median and quartiles of {ROUNDS} rounds, in which all methods take turns of {STEPS} steps,
