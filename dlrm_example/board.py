@@ -34,7 +34,7 @@ class Board:
         """A histogram of numbers 0 .. K - 1, of which there are so many each."""
         if self._writer is None:
             return
-        numbers_K, total = np.arange(len(counts_K)), int(counts_K.sum())
+        numbers_K, total = np.arange(len(counts_K), dtype=np.float64), int(counts_K.sum())
         counts, edges = np.histogram(numbers_K, min(len(counts_K), MOST_BUCKETS), (0, len(counts_K)), weights=counts_K)
         self._writer.add_histogram_raw(
             name,

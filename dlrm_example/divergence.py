@@ -2,7 +2,7 @@
 
 Nothing waits for the device at every step. Losses are looked at when a line is logged, and before every evaluation,
 re-clustering and checkpoint; each is kept until then, so the first that is not finite is named by its very step, up to
-`--log_every_steps` late. All that goes into a checkpoint is looked at before it is saved.
+`--log_every_steps` late. Weights and optimizer state are looked at before a re-clustering and before they are saved.
 """
 
 import math
@@ -69,7 +69,7 @@ class Watch:
         return f"epoch {epoch + 1}, {self._batches.position(epoch + 1, batch)}"
 
     def check_weights(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Look at all that a checkpoint would hold.
+        """Look at all that a checkpoint would hold: weights, and the optimizers' state.
 
         Raises:
             TrainingDivergedError: some of it is infinite or NaN.
@@ -77,9 +77,7 @@ class Watch:
         names = _not_finite(model, optimizer, self._world)
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise self.diverged(
-                f"{names[0]}{more} became infinite or NaN in {self.steps_to_blame}, and nothing was saved"
-            )
+            raise self.diverged(f"{names[0]}{more} became infinite or NaN in {self.steps_to_blame}")
         self._finite_step, self._largest = self._step, (0.0, 0)
 
     @property

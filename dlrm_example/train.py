@@ -182,8 +182,7 @@ def make_schedule(
 def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, world: World) -> Summary:
     best = progress.best
     assert best is not None, "a run evaluates at its end"
-    test = best.test or progress.evaluations[-1].test
-    assert test is not None, "the best evaluation includes the test split, or the last does"
+    test = best.test or next(each.test for each in reversed(progress.evaluations) if each.test)
     return Summary(
         method=config.method,
         embedding_params=memory.total.num_params,

@@ -152,11 +152,12 @@ class Trainer:
         if self._schedule is None or not self._schedule.is_due(self._progress.step):
             return
         self._take_losses()
+        self._watch.check_weights(self._model, self._optimizer)
         started = time.perf_counter()
         try:
             report = self._schedule.step(self._progress.step, self._model, optimizer=self._optimizer)
-        except ValueError as error:  # weights that are not finite
-            raise self._watch.diverged(f"re-clustering after {self._watch.steps_to_blame}: {error}") from None
+        except ValueError as error:  # vectors that are not finite, though weights are
+            raise self._watch.diverged(f"re-clustering after step {self._progress.step}: {error}") from None
         assert report is not None
         seconds = time.perf_counter() - started
         record_reclustering(report, seconds, self._progress, self._model, self._files, self._board)

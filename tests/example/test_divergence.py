@@ -103,7 +103,7 @@ def test_a_poisoned_row_is_named_by_its_step_file_and_row_group(
         assert step == 8, "between the checkpoint of step 7 and the next"
         assert "the training loss is nan at step 9 (epoch 1, batch 9" in error
     else:
-        assert f"became infinite or NaN in steps {step - 1} to {step}, and nothing was saved" in error
+        assert f"became infinite or NaN in steps {step - 1} to {step}" in error
     last = 7 if checked_by == "losses" else step - 2
     assert f"the last good checkpoint is {run_dir / 'checkpoints' / f'step_{last}'}" in error
     assert not (run_dir / "summary.json").exists()
@@ -153,10 +153,18 @@ def test_weights_that_are_not_finite_are_not_saved(small_config: Configs) -> Non
     config = small_config(checkpoint_every_steps=2)
     with poison_weight(after=4):
         error = error_of(config)
-    assert "model.model.over_arch.model.1.weight became infinite or NaN in steps 3 to 4, and nothing was saved" in error
+    assert "model.model.over_arch.model.1.weight became infinite or NaN in steps 3 to 4" in error
     assert f"the last good checkpoint is {Path(config.run_dir) / 'checkpoints' / 'step_2'}" in error
     assert saved_steps(config) == [2]
     assert train(dataclasses.replace(config, resume=True)).steps == 2 * STEPS
+
+
+def test_weights_that_are_not_finite_are_not_reclustered(small_config: Configs) -> None:
+    config = small_config(method="cce", compression=4.0, recluster_count=2, log_every_steps=1)
+    with poison_weight(after=4):
+        error = error_of(config)
+    assert "over_arch.model.1.weight became infinite or NaN in steps 1 to 4" in error
+    assert "the last good checkpoint is none" in error
 
 
 def test_an_evaluation_of_weights_that_are_not_finite(small_config: Configs) -> None:
