@@ -20,7 +20,6 @@ from tests.docs.markdown import ROOT, blocks
 
 PAGE = ROOT / "docs" / "walkthrough.md"
 PROGRAMS = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-SECONDS = 300  # a command, on a machine that is busy with others
 
 
 def commands() -> list[list[str]]:
@@ -41,13 +40,12 @@ def run(command: list[str], folder: Path, stop_at: Path | None) -> tuple[int, st
             [*PROGRAMS[program], *arguments], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         try:
-            end = time.monotonic() + SECONDS
-            while process.poll() is None and time.monotonic() < end:
+            while process.poll() is None:
                 if stop_at is not None and any(stop_at.glob("checkpoints/step_*")):
                     process.send_signal(signal.SIGTERM)
                     break
                 time.sleep(0.005)
-            code = process.wait(timeout=max(end - time.monotonic(), 1))
+            code = process.wait()
         finally:
             process.kill()
             process.wait()
@@ -56,7 +54,7 @@ def run(command: list[str], folder: Path, stop_at: Path | None) -> tuple[int, st
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)  # takes about a minute where nothing else runs
 def test_every_command_of_the_page(tmp_path: Path) -> None:
     script = commands()
     resumed = {value_of(command, "--run_dir") for command in script if "--resume" in command}
