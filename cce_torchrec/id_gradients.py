@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from cce_torchrec.lowering import Table
 
 _LEAST_PENDING = 1 << 16
+MAX_BYTES = 1 << 30
 
 
 class SumsById:
@@ -25,10 +26,11 @@ class SumsById:
 
     Args:
         width: numbers a row.
+        max_ids: where more ids come, those are kept whose sum has the largest last number; ``None`` keeps all.
     """
 
-    def __init__(self, width: int) -> None:
-        self._width = width
+    def __init__(self, width: int, max_ids: int | None = None) -> None:
+        self._width, self._max_ids = width, max_ids
         self._merged = (torch.empty(0, dtype=torch.int64), torch.empty(0, width))
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._num_pending = 0
@@ -45,7 +47,11 @@ class SumsById:
         if self._pending:
             ids, rows = zip(self._merged, *self._pending, strict=True)
             ids_U, place_N = torch.unique(torch.cat(ids), return_inverse=True)
-            self._merged = ids_U, torch.zeros(len(ids_U), self._width).index_add_(0, place_N, torch.cat(rows))
+            sums_UW = torch.zeros(len(ids_U), self._width).index_add_(0, place_N, torch.cat(rows))
+            if self._max_ids is not None and len(ids_U) > self._max_ids:
+                kept_U = sums_UW[:, -1].topk(self._max_ids).indices.sort().values
+                ids_U, sums_UW = ids_U[kept_U], sums_UW[kept_U]
+            self._merged = ids_U, sums_UW
             self._pending, self._num_pending = [], 0
         return self._merged
 
@@ -55,15 +61,18 @@ class IdGradients:
 
     Args:
         tables: those to be re-clustered.
+        max_bytes: of the sums, for each table an equal part; ids with the least curvature are forgotten beyond.
     """
 
-    def __init__(self, tables: Sequence[Table]) -> None:
-        self._tables = list(tables)
+    def __init__(self, tables: Sequence[Table], max_bytes: int = MAX_BYTES) -> None:
+        self._tables, self._max_bytes = list(tables), max_bytes
         self.clear()
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        self.by_table = {table.name: SumsById(table.config.embedding_dim + 1) for table in self._tables}
+        part = self._max_bytes // len(self._tables)
+        widths = {table.name: table.config.embedding_dim + 1 for table in self._tables}
+        self.by_table = {name: SumsById(width, max(1, part // (8 + 4 * width))) for name, width in widths.items()}
 
     def observe(self, features: KeyedJaggedTensor, pooled: KeyedTensor) -> None:
         """Record the gradient of a batch once it is known; nothing where there will be none.

@@ -161,6 +161,9 @@ def _add_compression_flags(group: _Group) -> None:
     group.add("recluster_stop_after", "fraction of training after which no re-clustering happens", type=float)
     state_help = f"of re-clustered rows: one of {', '.join(OPTIMIZER_STATES)}"
     group.add("recluster_optimizer_state", state_help)
+    group.add(
+        "recluster_gradient_steps", "steps before each re-clustering whose gradients steer it; 0 for none", type=int
+    )
     group.add("recluster_decode_batch_size", "ids whose vectors a re-clustering holds at a time", type=int)
 
 

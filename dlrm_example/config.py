@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
-from cce_torchrec import METHODS, ReclusterConfig
+from cce_torchrec import METHODS, ReclusterConfig, ReclusterSchedule
 from dlrm_example.data import DATASETS
 from dlrm_example.data.multi_hot import DISTRIBUTIONS
 from dlrm_example.errors import UsageError
@@ -41,6 +41,7 @@ class TrainConfig:
     recluster_count: int = 6
     recluster_stop_after: float = 0.8
     recluster_optimizer_state: Literal["reset", "carry"] = "reset"
+    recluster_gradient_steps: int = ReclusterSchedule.gradient_steps
     recluster_decode_batch_size: int = ReclusterConfig.decode_batch_size
 
     embedding_dim: int = 32
@@ -209,7 +210,7 @@ def _check_numbers(config: TrainConfig) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name} is {value}; it must be above 0")
     for name in (
-        *("discard_last", "recluster_count", "seed", "checkpoint_every_epochs"),
+        *("discard_last", "recluster_count", "recluster_gradient_steps", "seed", "checkpoint_every_epochs"),
         *("lr_warmup_steps", "lr_decay_start", "lr_decay_steps"),
     ):
         if getattr(config, name) < 0:

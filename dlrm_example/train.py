@@ -172,6 +172,7 @@ def make_schedule(
         total_steps=total_steps,
         count=config.recluster_count,
         stop_after_fraction=config.recluster_stop_after,
+        gradient_steps=config.recluster_gradient_steps,
         seed=config.seed,
         config=recluster_config(config),
     )

@@ -48,7 +48,7 @@ class Settings:
         recluster_count: re-clusterings in the first ``recluster_stop`` of all epochs.
         recluster_stop: as a fraction of ``epochs``.
         optimizer_state: of re-clustered rows.
-        gradient_steps: before each re-clustering, whose gradients steer it; ``None`` for all, 0 for none.
+        gradient_steps: before each re-clustering, whose gradients steer it; 0 for none.
         gradient_step: the rate at which they do.
         gradient_damping: of steps of ids that were hardly seen.
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
@@ -67,7 +67,7 @@ class Settings:
     recluster_count: int = ReclusterSchedule.count
     recluster_stop: float = ReclusterSchedule.stop_after_fraction
     optimizer_state: Literal["reset", "carry"] = ReclusterConfig.optimizer_state
-    gradient_steps: int | None = ReclusterSchedule.gradient_steps
+    gradient_steps: int = ReclusterSchedule.gradient_steps
     gradient_step: float = ReclusterConfig.gradient_step
     gradient_damping: float = ReclusterConfig.gradient_damping
     id_weights: Literal["ones", "counts", "roots"] = "ones"

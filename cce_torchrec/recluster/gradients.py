@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import method_of
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
-from cce_torchrec.id_gradients import IdGradients, SumsById
+from cce_torchrec.id_gradients import MAX_BYTES, IdGradients, SumsById
 from cce_torchrec.lowering import Table
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.vocabulary import Block
@@ -89,15 +89,18 @@ def reclusterable_tables(collection: Collection) -> Iterator[Table]:
     return (table for table in tables if method_of(table.config).reclusterable)
 
 
-def record_gradients(module: nn.Module, on: bool = True) -> None:
+def record_gradients(module: nn.Module, on: bool = True, max_bytes: int = MAX_BYTES) -> None:
     """Record the gradients by id from the next step on, for the next :func:`cce_torchrec.recluster`, or stop doing so.
 
     A re-clustering uses what was recorded on all ranks since the last one, and forgets it. It is kept in host memory:
-    4 (D + 1) bytes for each different id that occurred on this rank. Losses must be means over the samples of a rank.
+    4 (D + 1) + 8 bytes for each different id that occurred on this rank, and as much again for what is being added.
+    Losses must be means over the samples of a rank.
 
     Args:
         module: anything that contains compressed collections, sharded or not.
         on: whether to record; where it is on already, what was recorded is kept.
+        max_bytes: of the sums of a collection on this rank, for each table an equal part; beyond that, the ids are
+            forgotten about which the loss says least (whose T, see id_gradients.py, is smallest).
 
     Example:
         >>> from torchrec import KeyedJaggedTensor
@@ -116,7 +119,7 @@ def record_gradients(module: nn.Module, on: bool = True) -> None:
         if not on:
             collection.id_gradients = None
         elif collection.id_gradients is None:
-            collection.id_gradients = IdGradients(list(reclusterable_tables(collection)))
+            collection.id_gradients = IdGradients(list(reclusterable_tables(collection)), max_bytes)
 
 
 def _collections(module: nn.Module) -> list[Collection]:

@@ -30,7 +30,7 @@ class ReclusterSchedule:
         stop_after_fraction: none after this part of the training, so that the last codebooks are trained out.
         every_steps: instead of ``count``: one every so many steps.
         gradient_steps: how many steps before each re-clustering record the gradients that steer it (see
-            :func:`record_gradients`); ``None`` for all of them, 0 for none.
+            :func:`record_gradients`); 0 for none. Those steps take longer, and host memory for the ids seen in them.
         seed: of the re-clusterings; each draws its own from it and the step.
         config: of the re-clusterings.
 
@@ -46,7 +46,7 @@ class ReclusterSchedule:
     count: int = 6
     stop_after_fraction: float = 0.8
     every_steps: int | None = None
-    gradient_steps: int | None = None
+    gradient_steps: int = 100
     seed: int = 0
     config: ReclusterConfig = field(default_factory=ReclusterConfig)
 
@@ -58,8 +58,8 @@ class ReclusterSchedule:
             raise ValueError("total_steps=None needs every_steps: give one of both.")
         if self.every_steps is not None:
             check_positive(every_steps=self.every_steps)
-        if self.gradient_steps is not None and self.gradient_steps < 0:
-            raise ValueError(f"gradient_steps={self.gradient_steps} must be 0 or more; None is for all steps.")
+        if self.gradient_steps < 0:
+            raise ValueError(f"gradient_steps={self.gradient_steps} must be 0 or more.")
         if not 0 < self.stop_after_fraction <= 1:
             raise ValueError(f"stop_after_fraction={self.stop_after_fraction} is not in (0, 1].")
 
@@ -87,7 +87,7 @@ class ReclusterSchedule:
             left: int | None = self.every_steps - completed_steps % self.every_steps
         else:
             left = min((step - completed_steps for step in self.steps if step > completed_steps), default=None)
-        return left is not None and (self.gradient_steps is None or left <= self.gradient_steps)
+        return left is not None and left <= self.gradient_steps
 
     def step(
         self,

@@ -138,6 +138,23 @@ def test_sums_by_id_are_those_of_a_loop() -> None:
     torch.testing.assert_close(sums_UW.double(), torch.from_numpy(expected)[ids_U], rtol=1e-4, atol=1e-4)
 
 
+def test_ids_with_the_least_curvature_are_forgotten() -> None:
+    sums = SumsById(2, max_ids=3)
+    for v in range(10):
+        sums.add(torch.tensor([v]), torch.tensor([[1.0, float(v * 7 % 10)]]))
+    ids_U, sums_UW = sums.sums()
+    assert ids_U.tolist() == [1, 4, 7]
+    assert sums_UW.tolist() == [[1.0, 7.0], [1.0, 8.0], [1.0, 9.0]]
+
+
+def test_the_bytes_of_a_collection_are_shared_out_to_its_tables() -> None:
+    collection = build(cce_table(name="s"), cce_table(name="t"))
+    record_gradients(collection, max_bytes=2 * 5 * (8 + 4 * 9))  # 5 ids a table of 8 dims
+    ids = [[v] for v in range(40)]
+    collection(make_kjt({"f_s": ids, "f_t": ids})).values().square().sum().backward()
+    assert [len(sums.sums()[0]) for sums in collection.id_gradients.by_table.values()] == [5, 5]
+
+
 def test_steps_by_hand() -> None:
     sums = SumsById(3)
     sums.add(torch.tensor([9, 4]), torch.tensor([[1.0, -2.0, 3.0], [4.0, 0.0, 1.0]]))
