@@ -12,7 +12,7 @@ from torch import Tensor
 from cce_torchrec.hashing import mix64
 from cce_torchrec.recluster.collectives import Collectives
 
-_MOVED_SAMPLE = 65_536
+MOVED_SAMPLE = 65_536
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
 
 def moved_sample(num_ids: int, block: Block) -> Tensor:
     """The ids of this rank on which :func:`moved_fraction` is measured, evenly spaced over those of all ranks."""
-    step = max(1, num_ids // _MOVED_SAMPLE)
+    step = max(1, num_ids // MOVED_SAMPLE)
     return torch.arange(-(-block.start // step) * step, block.stop, step, device=block.device)
 
 

@@ -19,7 +19,7 @@ from cce_torchrec import (
     get_sharders,
     parameter_constraints,
 )
-from cce_torchrec.planner.perf import sent_bytes
+from cce_torchrec.planner.perf import sent
 from tests.scripts import ROOT
 
 RECORDED = json.loads((ROOT / "docs" / "results" / "sharded_step.json").read_text())
@@ -68,7 +68,7 @@ def sent_a_rank(options: list[ShardingOption]) -> float:
         assert isinstance(collection, CompressedEmbeddingBagCollection)
         table = next(t for t in collection.lowered_tables if option.name in t.physical_names)
         bags, rows = SIZES["batch_size"], SIZES["batch_size"] * SIZES["bag"] * 2
-        total += sum(sent_bytes(option.sharding_type, s.size, table, 2, bags, rows) for s in option.shards)
+        total += sum(sum(sent(option.sharding_type, s.size, table, 2, bags, rows)) for s in option.shards)
     return total / 2
 
 
