@@ -135,7 +135,7 @@ def _method(entry: dict[str, Any]) -> RowMethod | None:
         return None
     rule = CompressionRule(method=entry["method"], options=entry.get("options", {}))
     method = rule.method_for(entry["num_embeddings"], entry["embedding_dim"])
-    if not isinstance(method, (FullTable, *PLANNABLE)):
+    if not isinstance(method, RowMethod) or not isinstance(method, (FullTable, *PLANNABLE)):
         known = [FullTable.key, *(each.key for each in PLANNABLE)]
         raise ValueError(
             f"table {entry['name']!r} has method {entry['method']!r}, which is not simulated: take one of {known}."

@@ -11,7 +11,7 @@ import torch
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
-from cce_torchrec.config import CompressedEmbeddingBagConfig, has_sharded_assignments
+from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.id_sharding import block_of_ids
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods import FullTable, RowMethod
@@ -23,6 +23,7 @@ from cce_torchrec.planner.footprint import Devices, footprint
 from cce_torchrec.planner.perf import Sent, sent
 from cce_torchrec.planner.plan import SHARDING_TYPE
 from cce_torchrec.planner.traffic import Traffic, traffic_of
+from cce_torchrec.replace import with_method
 from cce_torchrec.simulate.config import SimulationConfig
 from cce_torchrec.simulate.machine import Machine, communication
 from cce_torchrec.simulate.work import ReclusterWork, recluster_work
@@ -198,9 +199,7 @@ def _given(
 
 def _lowered(config: SimulationConfig, plan: BudgetPlan) -> list[LoweredTable]:
     """The tables as they would be built, on "meta"."""
-    tables = [
-        CompressedEmbeddingBagConfig(**{**vars(table), "method": plan.methods[table.name]}) for table in config.tables
-    ]
+    tables = [with_method(table, plan.methods[table.name]) for table in config.tables]
     return CompressedEmbeddingBagCollection(tables=tables, device=torch.device("meta")).lowered_tables
 
 
