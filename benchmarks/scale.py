@@ -149,11 +149,11 @@ def page(
 
 {markdown_table(*plan_rows(simulations))}
 
-A budget is for each GPU; bytes include the memory of a re-clustering. Sent bytes are of one step and rank, with 2,048 examples a
-rank: ids there and assignments back, pooled vectors and their gradients, all-reduced gradients of codebooks. Distances are
-those of a re-clustering of all tables on one rank, at most. Its hours are those of one rank that is no GPU but a core as it was
-measured here ({machine}), without communication: divide the distances by what your device does, or measure it
-by `python -m cce_torchrec.simulate.measure`.
+A budget is for each GPU; bytes include the memory of a re-clustering. Sent bytes are of one step and rank, with 2,048
+examples a rank: ids there and assignments back, pooled vectors and their gradients, all-reduced gradients of codebooks.
+Distances are those of a re-clustering of all tables on one rank, at most. Its hours are those of one rank that is no GPU
+but a core as it was measured here ({machine}), without communication: divide the distances by what your device does, or
+measure it by `python -m cce_torchrec.simulate.measure`.
 
 {chr(10).join(chosen(simulations))}
 
@@ -161,10 +161,11 @@ by `python -m cce_torchrec.simulate.measure`.
 
 {markdown_table(head, rows)}
 
-Rates were measured on as many ranks as ran (gloo, one thread each, all busy at once, {os.cpu_count()} cores), then the cases
-were run. Predicted over taken CPU time of a rank: {min(ratios):.2f} to {max(ratios):.2f}. Wall-clock time depends on what
-else runs on the machine, and holds the waits of ranks for each other. The counts that rates are multiplied with (collectives and
-their bytes, distances) are compared exactly with what a run does in `tests/distributed/test_recluster_work.py`.
+Rates were measured on as many ranks as ran (gloo, one thread each, all busy at once, {os.cpu_count()} cores), then the
+cases were run. Predicted over taken CPU time of a rank: {min(ratios):.2f} to {max(ratios):.2f}. Wall-clock time depends
+on what else runs on the machine, and holds the waits of ranks for each other. The counts that rates are multiplied with
+(collectives and their bytes, distances) are compared exactly with what a run does in
+`tests/distributed/test_recluster_work.py`.
 
 Made by: {facts}.
 
