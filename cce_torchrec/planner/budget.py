@@ -9,7 +9,6 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import check_tables
 from cce_torchrec.methods import METHODS, FullTable
-from cce_torchrec.methods.base import check_positive
 from cce_torchrec.planner.allocate import Allocation, Option, allocate, smallest_budget
 from cce_torchrec.planner.candidates import Candidate, all_candidates
 from cce_torchrec.planner.expected_loss import PLANNABLE
@@ -103,7 +102,12 @@ def _check_arguments(
             "tables is empty: give the EmbeddingBagConfig of each table, such as ebc.embedding_bag_configs()."
         )
     check_tables([_as_full(table) for table in tables])
-    check_positive(budget_bytes=budget_bytes, world_size=world_size)
+    for name, value, remedy in (
+        ("budget_bytes", budget_bytes, "give the bytes of one device, such as 2 * 10**9"),
+        ("world_size", world_size, "give the number of devices"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive integer: {remedy}.")
     if optimizer not in get_args(OptimizerName):
         raise ValueError(f"optimizer={optimizer!r} is not one of {get_args(OptimizerName)}.")
     if device_type not in ("cuda", "cpu"):
@@ -121,7 +125,15 @@ def _checked_methods(methods: Methods) -> dict[str, dict[str, Any]]:
     """The fixed fields of each method."""
     if isinstance(methods, str):
         raise ValueError(f"methods={methods!r} is one name: give a list, [{methods!r}].")
-    fixed = {key: dict(methods[key]) if isinstance(methods, Mapping) else {} for key in methods}
+    if not methods:
+        raise ValueError(f"methods={methods!r} is empty, so nothing could be compressed: give some, such as ['cce'].")
+    given = methods if isinstance(methods, Mapping) else {key: {} for key in methods}
+    for key, options in given.items():
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"methods[{key!r}]={options!r} fixes no fields: give a dict of them, such as {{'num_columns': 4}}."
+            )
+    fixed = {key: dict(options) for key, options in given.items()}
     plannable = [method.key for method in PLANNABLE]
     for key, options in fixed.items():
         if key not in plannable:
@@ -137,6 +149,8 @@ def _checked_methods(methods: Methods) -> dict[str, dict[str, Any]]:
 
 
 def _included(tables: Sequence[EmbeddingBagConfig], include: str) -> set[str]:
+    if not isinstance(include, str):
+        raise ValueError(f"include={include!r} is no text: give one regular expression, such as 't_(item|user)'.")
     try:
         pattern = re.compile(include)
     except re.error as error:
