@@ -96,7 +96,7 @@ def simulate(config: SimulationConfig, world_size: int, machine: Machine | None 
         >>> from torchrec import EmbeddingBagConfig
         >>> item = EmbeddingBagConfig(name="t_item", num_embeddings=10_000_000, embedding_dim=32, feature_names=["item"])
         >>> model = SimulationConfig(
-        ...     tables=(item,), pooling_factors={"t_item": 1.0}, budget_bytes=300_000_000, batch_size=2048
+        ...     tables=(item,), pooling_factors={"t_item": 1.0}, budget_bytes=120_000_000, batch_size=2048
         ... )
         >>> simulate(model, 8).sent.vectors  # nothing but gradients: codebooks are replicated
         0.0
