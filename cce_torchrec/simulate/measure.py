@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
     machine = measure(f"{hardware}, {ranks} ranks of {torch.get_num_threads()} threads", device)
     if rank == 0:
         machine.save(options.machine)
