@@ -29,6 +29,7 @@ from cce_torchrec.methods import (
 )
 from cce_torchrec.planner import (
     BudgetPlan,
+    CompressedEmbeddingStats,
     CompressedPerfEstimator,
     CompressedStorageEstimator,
     CompressedStorageReservation,
@@ -52,6 +53,7 @@ __all__ = [
     "CompressedEmbeddingBagCollection",
     "CompressedEmbeddingBagCollectionSharder",
     "CompressedEmbeddingBagConfig",
+    "CompressedEmbeddingStats",
     "CompressedPerfEstimator",
     "CompressedStorageEstimator",
     "CompressedStorageReservation",

@@ -33,9 +33,10 @@ def present_methods(collection: Collection) -> dict[str, MethodConfig]:
 
 
 def with_method(config: EmbeddingBagConfig, method: MethodConfig) -> CompressedEmbeddingBagConfig:
-    """The config of the same table with another method."""
+    """The config of the same table with another method; where that stores no assignments, they have no placement."""
+    placement = {} if method.stores_assignments else {"assignment_placement": "replicated"}
     return CompressedEmbeddingBagConfig(
-        **{f.name: getattr(config, f.name) for f in fields(config)} | {"method": method}
+        **{f.name: getattr(config, f.name) for f in fields(config)} | placement | {"method": method}
     )
 
 

@@ -19,7 +19,7 @@ from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBa
 from dlrm_example.config import TrainConfig
 from dlrm_example.data import DatasetInfo
 from dlrm_example.distributed import World
-from dlrm_example.plan import make_plan, plan_table
+from dlrm_example.plan import make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ def shard_model(model: DLRMTrain, config: TrainConfig, world: World) -> Distribu
     """Place the tables on the ranks as the planner says; weights are those of the unsharded model."""
     group = dist.group.WORLD
     assert group is not None
-    plan, sharders = make_plan(model, collection_of(model), config.batch_size, group)
+    plan, sharders, as_text = make_plan(model, collection_of(model), config.batch_size, group)
     if config.print_sharding_plan and world.is_main:
-        logger.info("sharding plan of %d ranks:\n%s", world.size, plan_table(plan, collection_of(model)))
+        logger.info("sharding plan of %d ranks:\n%s", world.size, as_text)
     return DistributedModelParallel(
         model, env=ShardingEnv.from_process_group(group), device=world.device, plan=plan, sharders=sharders
     )

@@ -58,6 +58,7 @@ class _Knapsack(NamedTuple):
     numbers: list[np.ndarray]
     held: list[np.ndarray]
     loss: list[np.ndarray]
+    hull: list[list[int]]
     budget: int
     price: float
     bound: float
@@ -85,7 +86,11 @@ def allocate(options: Sequence[Sequence[Option]], budget: int) -> Allocation | N
         >>> allocate([[Option(10, 0, 0.0), Option(2, 5, 1.0)], [Option(4, 0, 0.0), Option(1, 0, 0.3)]], 11).chosen
         (0, 1)
     """
-    arrays = [_Arrays(*map(np.array, zip(*of_table, strict=True))) for of_table in options]
+    distinct: dict[tuple[Option, ...], _Arrays] = {}  # a thousand tables of one size are looked at once
+    for of_table in map(tuple, options):
+        if of_table not in distinct:
+            distinct[of_table] = _Arrays(*map(np.array, zip(*of_table, strict=True)))
+    arrays = [distinct[tuple(of_table)] for of_table in options]
     ceilings = sorted({option.transient for of_table in options for option in of_table})
     problems = [p for ceiling in ceilings if (p := _under(arrays, ceiling, budget - ceiling)) is not None]
     best: tuple[int, ...] | None = None
@@ -113,19 +118,32 @@ class _Arrays(NamedTuple):
 
 def _under(options: Sequence[_Arrays], ceiling: int, budget: int) -> _Knapsack | None:
     """The knapsack of the options up to ``ceiling``, with its price of a byte; ``None`` where nothing fits."""
-    numbers, held, loss = [], [], []
-    for of_table in options:
-        fitting = np.flatnonzero(of_table.transient <= ceiling)
-        sizes, losses = of_table.held[fitting], of_table.loss[fitting]
-        keep = _undominated(sizes, losses)
-        numbers.append(fitting[keep])
-        held.append(sizes[keep])
-        loss.append(losses[keep])
+    # Tables that are alike share their arrays, and are looked at once.
+    alike = {id(of_table): _fitting(of_table, ceiling) for of_table in {id(each): each for each in options}.values()}
+    tables = [alike[id(of_table)] for of_table in options]
+    held, loss = [table.held for table in tables], [table.loss for table in tables]
     if any(len(sizes) == 0 for sizes in held) or sum(int(sizes[0]) for sizes in held) > budget:
         return None
-    price = _price(held, loss, budget)
+    hulls = {key: _hull(table.held, table.loss) for key, table in alike.items()}
+    hull = [hulls[id(of_table)] for of_table in options]
+    price = _price(held, loss, hull, budget)
     bound = sum(float((lo + price * he).min()) for he, lo in zip(held, loss, strict=True)) - price * budget
-    return _Knapsack(numbers, held, loss, budget, price, bound)
+    return _Knapsack([table.numbers for table in tables], held, loss, hull, budget, price, bound)
+
+
+class _Fitting(NamedTuple):
+    """Options of one table that are neither too large nor dominated, by rising bytes."""
+
+    numbers: np.ndarray
+    held: np.ndarray
+    loss: np.ndarray
+
+
+def _fitting(of_table: _Arrays, ceiling: int) -> _Fitting:
+    fitting = np.flatnonzero(of_table.transient <= ceiling)
+    sizes, losses = of_table.held[fitting], of_table.loss[fitting]
+    keep = _undominated(sizes, losses)
+    return _Fitting(fitting[keep], sizes[keep], losses[keep])
 
 
 def _undominated(sizes: np.ndarray, losses: np.ndarray) -> np.ndarray:
@@ -149,11 +167,10 @@ def _hull(sizes: np.ndarray, losses: np.ndarray) -> list[int]:
     return hull
 
 
-def _price(held: list[np.ndarray], loss: list[np.ndarray], budget: int) -> float:
+def _price(held: list[np.ndarray], loss: list[np.ndarray], hulls: list[list[int]], budget: int) -> float:
     """The loss that one more byte saves where the linear relaxation of the knapsack runs out of budget."""
     steps = []
-    for sizes, losses in zip(held, loss, strict=True):
-        hull = _hull(sizes, losses)
+    for sizes, losses, hull in zip(held, loss, hulls, strict=True):
         steps.append(np.stack([np.diff(sizes[hull]), -np.diff(losses[hull])]))
     bytes_, gains = np.concatenate(steps, axis=1)
     order = np.argsort(-gains / bytes_) if len(bytes_) else np.zeros(0, dtype=np.int64)
@@ -165,7 +182,7 @@ def _price(held: list[np.ndarray], loss: list[np.ndarray], budget: int) -> float
 def _greedy(problem: _Knapsack) -> float:
     """The loss of a good choice: along the hulls, the steepest step that still fits first."""
     at = [0] * len(problem.held)
-    hulls = [_hull(sizes, losses) for sizes, losses in zip(problem.held, problem.loss, strict=True)]
+    hulls = problem.hull
     room = problem.budget - sum(int(sizes[0]) for sizes in problem.held)
     steps = [
         ((losses[b] - losses[a]) / (sizes[b] - sizes[a]), table, place, int(sizes[b] - sizes[a]))

@@ -1,24 +1,22 @@
 """Fitting tables into memory: which method and size each table gets, so that all of it fits each device."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, NamedTuple, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.config import check_tables
-from cce_torchrec.methods import METHODS, FullTable, MethodConfig, RowMethod
-from cce_torchrec.methods.base import check_positive
-from cce_torchrec.planner.allocate import Option, allocate, smallest_budget
-from cce_torchrec.planner.expected_loss import PLANNABLE, expected_loss
-from cce_torchrec.planner.footprint import Devices, Footprint, OptimizerName, Placement, footprint
+from cce_torchrec.methods import METHODS, FullTable
+from cce_torchrec.planner.allocate import Allocation, Option, allocate, smallest_budget
+from cce_torchrec.planner.candidates import Candidate, all_candidates
+from cce_torchrec.planner.expected_loss import PLANNABLE
+from cce_torchrec.planner.footprint import Devices, OptimizerName, footprint
 from cce_torchrec.planner.plan import BudgetPlan, PlannedTable
 from cce_torchrec.planner.traffic import Statistics, Traffic, traffic_of
 from cce_torchrec.recluster import ReclusterConfig
 
-_SIZES_A_DOUBLING = 8
-_MOST_COLUMNS = 16
 Methods: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
@@ -77,48 +75,18 @@ def plan_compression(
         >>> {name: method.key for name, method in plan.methods.items()}
         {'t_item': 'cce', 't_day': 'full'}
     """
-    check_tables([_as_full(table) for table in tables])
-    check_positive(budget_bytes=budget_bytes, world_size=world_size)
-    if optimizer not in get_args(OptimizerName):
-        raise ValueError(f"optimizer={optimizer!r} is not one of {get_args(OptimizerName)}.")
-    if device_type not in ("cuda", "cpu"):
-        raise ValueError(f"device_type={device_type!r} is neither 'cuda' nor 'cpu'.")
-    fixed = _checked_methods(methods)
-    included = _included(tables, include)
+    _check_arguments(tables, budget_bytes, world_size, optimizer, device_type)
+    fixed, included = _checked_methods(methods), _included(tables, include)
     devices = Devices(
         world_size=world_size, optimizer=optimizer, recluster=recluster or ReclusterConfig(), device_type=device_type
     )
     traffic = traffic_of(tables, statistics)
-    lookups = sum(traffic[table.name].lookups for table in tables)
-    if lookups <= 0:
-        raise ValueError("statistics counts no lookup of any table: count some, or leave statistics out.")
-    shares = {name: of_table.lookups / lookups for name, of_table in traffic.items()}
-    candidates = [
-        list(_candidates(table, fixed if table.name in included else {}, traffic[table.name], devices))
-        for table in tables
-    ]
-    options = [
-        [Option(c.bytes.held, c.bytes.transient, shares[table.name] * c.loss) for c in of_table]
-        for table, of_table in zip(tables, candidates, strict=True)
-    ]
-    allocation = allocate(options, budget_bytes)
-    if allocation is None:
-        raise ValueError(
-            f"budget_bytes={budget_bytes:,} is too small for the {len(tables)} tables on {world_size} devices: the smallest "
-            f"that works is {smallest_budget(options):,}. Raise it, include more tables, fix less of the methods, or "
-            "re-cluster with a smaller decode_batch_size."
-        )
+    shares = _shares(traffic)
+    candidates = all_candidates(tables, fixed, included, traffic, devices)
+    allocation = _allocate(tables, candidates, shares, budget_bytes, world_size)
+    chosen = [of_table[number] for of_table, number in zip(candidates, allocation.chosen, strict=True)]
     plan = BudgetPlan(
-        tables=tuple(
-            PlannedTable(
-                table=table.name,
-                num_embeddings=table.num_embeddings,
-                embedding_dim=table.embedding_dim,
-                traffic=shares[table.name],
-                **of_table[number]._asdict(),
-            )
-            for table, of_table, number in zip(tables, candidates, allocation.chosen, strict=True)
-        ),
+        tables=tuple(_planned(table, one, shares[table.name]) for table, one in zip(tables, chosen, strict=True)),
         budget_bytes=budget_bytes,
         world_size=world_size,
         gap=allocation.gap,
@@ -126,13 +94,24 @@ def plan_compression(
     return _replicate_small(plan, tables, devices)
 
 
-class _Candidate(NamedTuple):
-    """One way to store a table."""
-
-    method: MethodConfig
-    placement: Placement
-    bytes: Footprint
-    loss: float
+def _check_arguments(
+    tables: Sequence[EmbeddingBagConfig], budget_bytes: int, world_size: int, optimizer: str, device_type: str
+) -> None:
+    if not tables:
+        raise ValueError(
+            "tables is empty: give the EmbeddingBagConfig of each table, such as ebc.embedding_bag_configs()."
+        )
+    check_tables([_as_full(table) for table in tables])
+    for name, value, remedy in (
+        ("budget_bytes", budget_bytes, "give the bytes of one device, such as 2 * 10**9"),
+        ("world_size", world_size, "give the number of devices"),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive integer: {remedy}.")
+    if optimizer not in get_args(OptimizerName):
+        raise ValueError(f"optimizer={optimizer!r} is not one of {get_args(OptimizerName)}.")
+    if device_type not in ("cuda", "cpu"):
+        raise ValueError(f"device_type={device_type!r} is neither 'cuda' nor 'cpu'.")
 
 
 def _as_full(table: EmbeddingBagConfig) -> EmbeddingBagConfig:
@@ -146,7 +125,15 @@ def _checked_methods(methods: Methods) -> dict[str, dict[str, Any]]:
     """The fixed fields of each method."""
     if isinstance(methods, str):
         raise ValueError(f"methods={methods!r} is one name: give a list, [{methods!r}].")
-    fixed = {key: dict(methods[key]) if isinstance(methods, Mapping) else {} for key in methods}
+    if not methods:
+        raise ValueError(f"methods={methods!r} is empty, so nothing could be compressed: give some, such as ['cce'].")
+    given = methods if isinstance(methods, Mapping) else {key: {} for key in methods}
+    for key, options in given.items():
+        if not isinstance(options, Mapping):
+            raise ValueError(
+                f"methods[{key!r}]={options!r} fixes no fields: give a dict of them, such as {{'num_columns': 4}}."
+            )
+    fixed = {key: dict(options) for key, options in given.items()}
     plannable = [method.key for method in PLANNABLE]
     for key, options in fixed.items():
         if key not in plannable:
@@ -162,6 +149,8 @@ def _checked_methods(methods: Methods) -> dict[str, dict[str, Any]]:
 
 
 def _included(tables: Sequence[EmbeddingBagConfig], include: str) -> set[str]:
+    if not isinstance(include, str):
+        raise ValueError(f"include={include!r} is no text: give one regular expression, such as 't_(item|user)'.")
     try:
         pattern = re.compile(include)
     except re.error as error:
@@ -173,54 +162,44 @@ def _included(tables: Sequence[EmbeddingBagConfig], include: str) -> set[str]:
     return included
 
 
-def _candidates(
-    table: EmbeddingBagConfig, fixed: Mapping[str, Mapping[str, Any]], traffic: Traffic, devices: Devices
-) -> Iterator[_Candidate]:
-    """The full table, and every method in sizes that are smaller."""
-    full, placement = FullTable(), _full_placement(table, devices)
-    in_full = footprint(table, full, placement, devices)
-    yield _Candidate(full, placement, in_full, 0.0)
-    seen: set[MethodConfig] = set()
-    for key, options in fixed.items():
-        for method in _sizes(key, table, options):
-            if method not in seen:
-                seen.add(method)
-                needs = footprint(table, method, "replicated", devices)
-                if needs.held < in_full.held:
-                    yield _Candidate(method, "replicated", needs, expected_loss(method, table, traffic))
+def _shares(traffic: Mapping[str, Traffic]) -> dict[str, float]:
+    """Of all lookups, those of each table."""
+    lookups = sum(of_table.lookups for of_table in traffic.values())
+    if lookups <= 0:
+        raise ValueError("statistics counts no lookup of any table: count some, or leave statistics out.")
+    return {name: of_table.lookups / lookups for name, of_table in traffic.items()}
 
 
-def _full_placement(table: EmbeddingBagConfig, devices: Devices) -> Placement:
-    """By rows, where each device gets some."""
-    if devices.world_size == 1:
-        return "table_wise"
-    block = -(-table.num_embeddings // devices.world_size)
-    return "row_wise" if block * (devices.world_size - 1) < table.num_embeddings else "replicated"
+def _allocate(
+    tables: Sequence[EmbeddingBagConfig],
+    candidates: Sequence[Sequence[Candidate]],
+    shares: Mapping[str, float],
+    budget_bytes: int,
+    world_size: int,
+) -> Allocation:
+    """One candidate of each table, or a ``ValueError`` that names the smallest budget."""
+    options = [
+        [Option(c.bytes.held, c.bytes.transient, shares[table.name] * c.loss) for c in of_table]
+        for table, of_table in zip(tables, candidates, strict=True)
+    ]
+    allocation = allocate(options, budget_bytes)
+    if allocation is None:
+        raise ValueError(
+            f"budget_bytes={budget_bytes:,} is too small for the {len(tables)} tables on {world_size} devices: the smallest "
+            f"that works is {smallest_budget(options):,}. Raise it, include more tables, fix less of the methods, or "
+            "re-cluster with a smaller decode_batch_size."
+        )
+    return allocation
 
 
-def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> Iterator[RowMethod]:
-    """Instances of a method of all sizes that are smaller than the full table's."""
-    method, num_ids, dim = METHODS[key], table.num_embeddings, table.embedding_dim
-    probe = max(1024, min(num_ids - 1, 1 << 20)) * dim  # parameters in which any choice of fields should fit
-    try:
-        method.from_budget(num_ids, dim, probe, **options)
-    except ValueError as error:
-        raise ValueError(f"Table {table.name!r}, methods[{key!r}]={dict(options)}: {error}") from None
-    columns: Sequence[int | None] = [options.get("num_columns")]  # None is what the method chooses itself
-    if method.stores_assignments and columns == [None]:
-        widths = [width for width in range(4, dim + 1, 4) if dim % width == 0 and dim // width <= _MOST_COLUMNS]
-        columns = [dim // width for width in widths] or [1]
-    exponent = 0
-    while (rows := int(2 ** (exponent / _SIZES_A_DOUBLING) + 1e-9)) <= num_ids:
-        exponent += 1
-        for num_columns in columns:
-            wishes = {**options, "num_columns": num_columns} if num_columns else options
-            try:
-                found = method.from_budget(num_ids, dim, rows * dim, **wishes)
-            except ValueError:
-                continue  # too few rows for what is fixed
-            assert isinstance(found, RowMethod)
-            yield found
+def _planned(table: EmbeddingBagConfig, chosen: Candidate, share: float) -> PlannedTable:
+    return PlannedTable(
+        table=table.name,
+        num_embeddings=table.num_embeddings,
+        embedding_dim=table.embedding_dim,
+        traffic=share,
+        **chosen._asdict(),
+    )
 
 
 def _replicate_small(plan: BudgetPlan, tables: Sequence[EmbeddingBagConfig], devices: Devices) -> BudgetPlan:

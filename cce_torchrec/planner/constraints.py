@@ -67,13 +67,8 @@ def parameter_constraints(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is not positive; give the batch size of one rank.")
     given = dict(constraints or {})
-    collections = [part for part in module.modules() if isinstance(part, CompressedEmbeddingBagCollection)]
-    lowered = [table for collection in collections for table in collection.lowered_tables]
-    plain = _plain_tables(module)
-    known = [config.name for collection in collections for config in collection.embedding_bag_configs()] + sorted(plain)
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise ValueError(f"There is no table {unknown}; the tables are {known}.")
+    lowered, plain = _lowered_tables(module), _plain_tables(module)
+    _check_names(given, module, plain)
     translated = {name: constraint for name, constraint in given.items() if name in plain}
     for table in lowered:
         wish = _fill_in(table, given.get(table.name))
@@ -82,14 +77,26 @@ def parameter_constraints(
     return translated
 
 
+def _compressed(module: nn.Module) -> list[CompressedEmbeddingBagCollection]:
+    return [part for part in module.modules() if isinstance(part, CompressedEmbeddingBagCollection)]
+
+
+def _lowered_tables(module: nn.Module) -> list[LoweredTable]:
+    return [table for collection in _compressed(module) for table in collection.lowered_tables]
+
+
+def _check_names(given: Mapping[str, ParameterConstraints], module: nn.Module, plain: set[str]) -> None:
+    """Whether every table that is named is there, decode tables included."""
+    logical = [config.name for collection in _compressed(module) for config in collection.embedding_bag_configs()]
+    known = logical + sorted(plain)
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"There is no table {unknown}; the tables are {known}.")
+
+
 def _plain_tables(module: nn.Module) -> set[str]:
     """Tables of collections that are not ours."""
-    inner = {
-        id(part)
-        for collection in module.modules()
-        if isinstance(collection, CompressedEmbeddingBagCollection)
-        for part in collection.modules()
-    }
+    inner = {id(part) for collection in _compressed(module) for part in collection.modules()}
     names: set[str] = set()
     for part in module.modules():
         for method in ("embedding_bag_configs", "embedding_configs"):

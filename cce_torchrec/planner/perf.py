@@ -12,7 +12,8 @@ dims, one of the C columns of its table, n ids and R * n rows a bag, and a batch
 Looking rows up reads and writes as much under each type.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torchrec.distributed.planner.shard_estimators import EmbeddingPerfEstimator
 from torchrec.distributed.planner.types import Perf, ShardingOption
@@ -64,22 +65,36 @@ class CompressedPerfEstimator(EmbeddingPerfEstimator):
         )
         for shard in option.shards:
             width = shard.size[1]
-            sent = sent_bytes(option.sharding_type, shard.size, table, topology.world_size, bags, lookups)
+            bytes_ = sum(sent(option.sharding_type, shard.size, table, topology.world_size, bags, lookups))
             # Of all ranks' lookups, a shard of a column has all, one of rows or a replica its share.
             share = topology.world_size if option.sharding_type in _BY_TABLE else 1
             looked_up = share * lookups * width * 4 / memory
             shard.perf = Perf(
                 fwd_compute=looked_up,
-                fwd_comms=sent / 2 / bandwidth,
+                fwd_comms=bytes_ / 2 / bandwidth,
                 bwd_compute=2 * looked_up,
-                bwd_comms=sent / 2 / bandwidth,
+                bwd_comms=bytes_ / 2 / bandwidth,
             )
 
 
-def sent_bytes(
-    sharding_type: str, size: list[int], table: LoweredTable, world_size: int, bags: float, lookups: float
-) -> float:
-    """The bytes that all ranks send in a step for one shard.
+class Sent(NamedTuple):
+    """Bytes that all ranks together send in a step.
+
+    Attributes:
+        ids: ids, rows and lengths there, and assignments back.
+        vectors: pooled vectors, and their gradients.
+        gradients: of replicated codebooks, all-reduced.
+    """
+
+    ids: float
+    vectors: float
+    gradients: float
+
+
+def sent(
+    sharding_type: str, size: Sequence[int], table: LoweredTable, world_size: int, bags: float, lookups: float
+) -> Sent:
+    """What all ranks send in a step for one shard.
 
     Args:
         sharding_type: TorchRec's name of it.
@@ -95,9 +110,12 @@ def sent_bytes(
         fetched = 0.0
         if has_sharded_assignments(table.config):
             assert isinstance(table.row_map, CCERowMap)
-            fetched = ids * 8 / columns + ids * table.row_map.assignments.element_size()
-        return others / world_size * (2 * rows * dim * 4 + fetched)
+            fetched = ids * 8 / columns + ids * table.row_map.assignments.element_size() * table.row_map.num_assigned
+        return Sent(others / world_size * fetched, 0.0, others / world_size * 2 * rows * dim * 4)
     if sharding_type in _BY_TABLE:
         width = table.row_map.columns[0].dim
-        return others * (2 * bags * dim * 4 + (ids * 8 + bags * 8) / columns * dim / width)
-    return others * bags * (2 * dim * 4 + 4) + others / world_size * lookups * 4
+        return Sent(others * (ids * 8 + bags * 8) / columns * dim / width, others * 2 * bags * dim * 4, 0.0)
+    # Rows travel as int32 where they fit, and lengths with them.
+    itemsize = 4 if table.row_map.columns[0].num_rows < 2**31 else 8
+    of_rows = others * bags * itemsize + others / world_size * lookups * itemsize
+    return Sent(of_rows, others * bags * 2 * dim * 4, 0.0)

@@ -14,7 +14,7 @@ from cce_torchrec.methods import METHODS, MethodConfig
 from cce_torchrec.planner.footprint import Footprint, Placement
 
 _FORMAT = 1  # of the JSON
-_SHARDING_TYPE = {
+SHARDING_TYPE = {
     "replicated": ShardingType.DATA_PARALLEL.value,
     "row_wise": ShardingType.ROW_WISE.value,
     "table_wise": ShardingType.TABLE_WISE.value,
@@ -96,7 +96,7 @@ class BudgetPlan:
 
     def constraints(self) -> dict[str, ParameterConstraints]:
         """The placements by logical table, for :func:`cce_torchrec.parameter_constraints`: bytes were counted under them."""
-        return {t.table: ParameterConstraints(sharding_types=[_SHARDING_TYPE[t.placement]]) for t in self.tables}
+        return {t.table: ParameterConstraints(sharding_types=[SHARDING_TYPE[t.placement]]) for t in self.tables}
 
     def __str__(self) -> str:
         rows = []

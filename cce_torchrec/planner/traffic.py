@@ -64,7 +64,13 @@ def traffic_of(tables: Sequence[EmbeddingBagConfig], statistics: Statistics | No
 
 
 def _from_value(table: EmbeddingBagConfig, value: Any) -> Traffic:
-    counts = np.asarray(value, dtype=np.float64)
+    try:
+        counts = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"statistics[{table.name!r}] is {type(value).__name__}, of which no numbers can be made: give one number of "
+            "lookups, or one for each id."
+        ) from None
     if not (np.isfinite(counts).all() and (counts >= 0).all()):
         raise ValueError(
             f"statistics[{table.name!r}] has values below 0 or that are not finite: give numbers of lookups."

@@ -12,7 +12,7 @@ from torch import Tensor
 from cce_torchrec.hashing import mix64
 from cce_torchrec.recluster.collectives import Collectives
 
-_MOVED_SAMPLE = 65_536
+MOVED_SAMPLE = 65_536
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ def gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
 
 def moved_sample(num_ids: int, block: Block) -> Tensor:
     """The ids of this rank on which :func:`moved_fraction` is measured, evenly spaced over those of all ranks."""
-    step = max(1, num_ids // _MOVED_SAMPLE)
-    return torch.arange(-(-block.start // step) * step, block.stop, step, device=block.device)
+    step = max(1, num_ids // MOVED_SAMPLE)
+    first = min(-(-block.start // step) * step, block.stop)  # a short block may have none of them
+    return torch.arange(first, block.stop, step, device=block.device)
 
 
 def moved_fraction(before_CN: Tensor, after_CN: Tensor, num_clusters: int, collectives: Collectives) -> float:

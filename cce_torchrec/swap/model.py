@@ -63,30 +63,44 @@ def compress(
         )
     fit = Fit(seed, config or ReclusterConfig()) if from_trained else None
     found = list(_collections(model, also_compressed=from_trained))
+    _check_names(rules, found)
     replacements = {}  # by identity: a collection may stand at several places
     for _, collection in found:
         if id(collection) not in replacements:
             replacements[id(collection)] = _replacement(collection, rules, fit)
-    tables = [config.name for _, collection in found for config in collection.embedding_bag_configs()]
-    if isinstance(rules, Mapping | CompressionPlan):
-        methods = rules if isinstance(rules, Mapping) else rules.methods
-        unknown = [name for name in methods if name not in tables]
-        if unknown:
-            raise ValueError(f"There is no table {unknown}; the model's tables are {tables}.")
     if not any(replacements.values()):
         raise ValueError(
-            f"No table is compressed by {rules}; the model's {len(found)} collections have {tables} "
+            f"No table is compressed by {rules}; the model's {len(found)} collections have {_table_names(found)} "
             "(those that are compressed or sharded already, and subclasses, are left alone)."
         )
     for name, collection in found:
         replacement = replacements[id(collection)]
-        if replacement is None:
-            continue
-        logger.info("Compressed %s: %s", name or type(model).__name__, replacement.embedding_bag_configs())
-        if collection is model:
-            return replacement
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, replacement)
+        if replacement is not None:
+            model = _put_in_place(model, name, replacement)
+    return model
+
+
+def _table_names(found: Sequence[tuple[str, Collection]]) -> list[str]:
+    return [config.name for _, collection in found for config in collection.embedding_bag_configs()]
+
+
+def _check_names(rules: Rules, found: Sequence[tuple[str, Collection]]) -> None:
+    """Whether every table that is named is there."""
+    if isinstance(rules, Mapping | CompressionPlan):
+        methods = rules if isinstance(rules, Mapping) else rules.methods
+        tables = _table_names(found)
+        unknown = [name for name in methods if name not in tables]
+        if unknown:
+            raise ValueError(f"There is no table {unknown}; the model's tables are {tables}.")
+
+
+def _put_in_place(model: nn.Module, name: str, replacement: CompressedEmbeddingBagCollection) -> nn.Module:
+    """The model with another collection at a name; the collection itself where that is the whole model."""
+    logger.info("Compressed %s: %s", name or type(model).__name__, replacement.embedding_bag_configs())
+    if not name:
+        return replacement
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, replacement)
     return model
 
 

@@ -6,6 +6,7 @@
 * ``EmbeddingShardingPlanner`` plans with :func:`parameter_constraints`, :class:`CompressedStorageReservation` and our
   estimators.
 * ``DistributedModelParallel(...)`` is re-clustered on schedule, before the training step that follows.
+* ``DataLoader`` says how long an epoch is, when it is iterated to train on.
 """
 
 import functools
@@ -19,9 +20,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -40,6 +43,7 @@ from cce_torchrec.recluster import ReclusterSchedule
 from cce_torchrec.recluster.step import Collection, check_sharders, reclusterable_tables
 from cce_torchrec.replace import with_method
 from cce_torchrec.swap.config import SwapConfig
+from cce_torchrec.swap.epochs import Epochs
 from cce_torchrec.swap.rules import choose
 from cce_torchrec.swap.sharders import register_sharders, restore_sharders
 
@@ -54,6 +58,7 @@ def swapped(config: SwapConfig) -> Iterator["Swap"]:
             (EmbeddingShardingPlanner, "__init__", _make_planner),
             (EmbeddingShardingPlanner, "plan", _plan),
             (DistributedModelParallel, "__init__", swap.make_distributed),
+            (DataLoader, "__iter__", swap.iterate),
         ):
             original = getattr(owner, name)
             setattr(owner, name, _wrapped(original, around))
@@ -88,9 +93,10 @@ class Swap:
     def __init__(self, config: SwapConfig) -> None:
         self._config = config
         self._full_tables: list[str] = []
-        self._num_compressed = self._num_scheduled = 0
+        self._num_compressed = 0
         self._optimizers: dict[int, weakref.ref[Optimizer]] = {}
         self._has_stepped = False
+        self._reclusterers: list[tuple[weakref.ref[nn.Module], _Reclusterer]] = []
 
     def make_collection(
         self, original: Callable[..., None], collection: EmbeddingBagCollection, *args: Any, **kwargs: Any
@@ -123,13 +129,27 @@ class Swap:
         collections = [part for part in model.modules() if isinstance(part, Collection)]
         learns = any(True for collection in collections for _ in reclusterable_tables(collection))
         if self._config.schedule is not None and learns:
-            self._num_scheduled += 1
-            model.register_forward_pre_hook(_Reclusterer(self._config.schedule, self))
+            reclusterer = _Reclusterer(self._config.schedule, Epochs(self._config.epochs), self)
+            self._reclusterers.append((weakref.ref(model), reclusterer))
+            model.register_forward_pre_hook(reclusterer)
+
+    def iterate(self, original: Callable[..., Any], loader: DataLoader[Any]) -> Any:
+        """Around ``DataLoader.__iter__``: where a model is in training mode, an epoch begins."""
+        for ref, reclusterer in self._reclusterers:
+            model = ref()
+            if model is not None and model.training:
+                reclusterer.begin_epoch(_length(loader))
+        return original(loader)
 
     def optimizer_stepped(self, optimizer: Optimizer, *_: Any) -> None:
         """A hook after every step of every optimizer of torch's."""
         self._optimizers[id(optimizer)] = weakref.ref(optimizer)
         self._has_stepped = True
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether an optimizer has stepped since :meth:`take_step`."""
+        return self._has_stepped
 
     def take_step(self) -> bool:
         """Whether an optimizer has stepped since this was last asked."""
@@ -146,7 +166,7 @@ class Swap:
             _say(
                 f"nothing was replaced: no rule matches a table of {self._full_tables or 'no EmbeddingBagCollection'}."
             )
-        elif self._config.schedule is not None and not self._num_scheduled:
+        elif self._config.schedule is not None and not self._reclusterers:
             _say("nothing was re-clustered: no DistributedModelParallel has a table with learned assignments.")
 
 
@@ -158,26 +178,58 @@ class _AllOptimizers:
         self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
+def _length(loader: DataLoader[Any]) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:  # of a dataset that does not say
+        return None
+
+
 class _Reclusterer:
     """A hook before the forward pass of a model: counts the training steps that were done and re-clusters after some.
 
     A step is a training forward pass after which an optimizer has stepped, so accumulated gradients count once.
     """
 
-    def __init__(self, schedule: ReclusterSchedule, swap: Swap) -> None:
-        self._schedule, self._swap = schedule, swap
-        self._completed, self._is_running = 0, False
+    def __init__(self, schedule: ReclusterSchedule, epochs: Epochs, swap: Swap) -> None:
+        self._schedule, self._epochs, self._swap = schedule, epochs, swap
+        self._completed, self._is_running, self._has_warned = 0, False, False
+
+    def begin_epoch(self, length: int | None) -> None:
+        """The training goes on with a loader from its start."""
+        last_step = int(self._swap.has_stepped and self._is_running)  # which the next forward pass will count
+        self._epochs.begin(length, self._completed + last_step)
 
     def __call__(self, model: nn.Module, _: Any) -> None:
         if not (model.training and torch.is_grad_enabled()):
             return
         if self._swap.take_step() and self._is_running:
             self._completed += 1
-            optimizers = cast(Optimizer, _AllOptimizers(self._swap.optimizers()))
-            report = self._schedule.step(self._completed, model, optimizer=optimizers)
-            if report is not None:
-                _say(f"re-clustered after step {self._completed}:\n{report}")
+            if self._schedule.is_due(self._completed) and not self._is_late():
+                self._recluster(model)
         self._is_running = True
+
+    def _recluster(self, model: nn.Module) -> None:
+        optimizers = cast(Optimizer, _AllOptimizers(self._swap.optimizers()))
+        report = self._schedule.step(self._completed, model, optimizer=optimizers)
+        _say(f"re-clustered after step {self._completed}:\n{report}")
+
+    def _is_late(self) -> bool:
+        """Whether the last part of the training has begun on any rank; collective, since loaders may differ in length."""
+        if self._schedule.total_steps is not None:
+            return False  # the schedule knows
+        if not self._epochs.is_known and not self._has_warned:
+            self._has_warned = True
+            _say(
+                "no DataLoader says how long an epoch is, so stop_after_fraction is of no effect in the first one: give "
+                "total_steps."
+            )
+        late = torch.tensor(int(self._epochs.is_late(self._completed, self._schedule.stop_after_fraction)))
+        if dist.is_initialized():
+            device = torch.device("cuda") if "nccl" in dist.get_backend() else torch.device("cpu")
+            late = late.to(device)
+            dist.all_reduce(late, op=dist.ReduceOp.MAX)
+        return bool(late)
 
 
 def _with_rule(config: EmbeddingBagConfig, swap: SwapConfig) -> EmbeddingBagConfig:

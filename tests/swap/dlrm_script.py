@@ -1,7 +1,8 @@
 """A training script that knows TorchRec only: a DLRM on random clicks that a hidden table of numbers explains.
 
 Built as scripts for TorchRec's DLRM usually are: default sharders imported by name, a collection on "meta", optimizers in
-backward, a planner of its own, ``DistributedModelParallel`` without sharders, and a pipeline.
+backward, a planner of its own, ``DistributedModelParallel`` without sharders, a pipeline, and epochs of a ``DataLoader`` each
+followed by a validation.
 """
 
 import argparse
@@ -11,10 +12,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.optim import _apply_optimizer_in_backward as apply_optimizer_in_backward
+from torch.utils.data import DataLoader, IterableDataset
 from torchrec import EmbeddingBagCollection
 from torchrec.distributed import TrainPipelineSparseDist
 from torchrec.distributed.comm import get_local_size
@@ -48,23 +51,42 @@ class Clicks(Pipelineable):
         return Clicks(self.dense_features.pin_memory(), self.sparse_features.pin_memory(), self.labels.pin_memory())
 
 
-def clicks(args: argparse.Namespace, rank: int) -> Iterator[Clicks]:
-    hidden = torch.Generator().manual_seed(1)
-    # Ids of the same residue modulo 10 behave alike, which is what clustering can find out.
-    tastes = [torch.randn(10, generator=hidden)[torch.arange(size) % 10] for size in SIZES.values()]
-    drawn = torch.Generator().manual_seed(100 + rank)
-    for _ in range(args.steps):
-        ids = [torch.randint(size, (args.batch_size,), generator=drawn) for size in SIZES.values()]
-        score = sum(taste[of_table] for taste, of_table in zip(tastes, ids, strict=True))
-        assert isinstance(score, torch.Tensor)
-        lengths = torch.ones(len(SIZES) * args.batch_size, dtype=torch.int32)
-        sparse = KeyedJaggedTensor(keys=list(SIZES), values=torch.cat(ids), lengths=lengths)
-        yield Clicks(torch.rand(args.batch_size, 4, generator=drawn), sparse, (score > 0).float())
+class RandomClicks(IterableDataset[Clicks]):
+    def __init__(self, steps: int, batch_size: int, seed: int) -> None:
+        self.steps, self.batch_size = steps, batch_size
+        hidden = torch.Generator().manual_seed(1)
+        # Ids of the same residue modulo 10 behave alike, which is what clustering can find out.
+        self.tastes = [torch.randn(10, generator=hidden)[torch.arange(size) % 10] for size in SIZES.values()]
+        self.drawn = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Clicks]:
+        for _ in range(self.steps):
+            ids = [torch.randint(size, (self.batch_size,), generator=self.drawn) for size in SIZES.values()]
+            score = sum(taste[of_table] for taste, of_table in zip(self.tastes, ids, strict=True))
+            assert isinstance(score, torch.Tensor)
+            lengths = torch.ones(len(SIZES) * self.batch_size, dtype=torch.int32)
+            sparse = KeyedJaggedTensor(keys=list(SIZES), values=torch.cat(ids), lengths=lengths)
+            yield Clicks(torch.rand(self.batch_size, 4, generator=self.drawn), sparse, (score > 0).float())
+
+
+def run_epoch(pipeline: TrainPipelineSparseDist[Clicks, Any], loader: "DataLoader[Clicks]") -> list[float]:
+    iterator, losses = iter(loader), []
+    for _ in itertools.count():
+        try:
+            loss, *_ = pipeline.progress(iterator)
+        except StopIteration:
+            return losses
+        losses.append(loss.item())
+    raise AssertionError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=60, help="batches an epoch")
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument("--learning_rate", type=float, default=0.3)
     parser.add_argument("--out", type=Path, required=True)
@@ -102,14 +124,15 @@ def main() -> None:
     optimizer = CombinedOptimizer([sharded.fused_optimizer, dense])
 
     pipeline = TrainPipelineSparseDist(sharded, optimizer, device, execute_all_batches=True)
-    sharded.train()
-    batches, losses = clicks(args, rank), []
-    for _ in itertools.count():
-        try:
-            loss, *_ = pipeline.progress(batches)
-        except StopIteration:
-            break
-        losses.append(loss.item())
+    train_loader = DataLoader(RandomClicks(args.steps, args.batch_size, seed=100 + rank), batch_size=None)
+    val_loader = DataLoader(RandomClicks(2, args.batch_size, seed=200 + rank), batch_size=None)
+    losses = []
+    for _ in range(args.epochs):
+        sharded.train()
+        losses += run_epoch(pipeline, train_loader)
+        sharded.eval()
+        with torch.no_grad():
+            run_epoch(pipeline, val_loader)
     collection = sharded.module.model.sparse_arch.embedding_bag_collection
     result = {
         "losses": losses,

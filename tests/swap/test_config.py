@@ -46,11 +46,11 @@ def test_a_training_of_unknown_length(tmp_path: Path) -> None:
         _ = schedule.steps
     with pytest.raises(ValueError, match="needs every_steps"):
         ReclusterSchedule(total_steps=None)
-    with pytest.warns(UserWarning, match="stop_after_fraction=0.8 is of no effect"):
-        load(
-            tmp_path,
-            "rules: [{method: ce, compression: 2}]\nrecluster: {every_steps: 5, stop_after_fraction: 0.8}",
-        )
+
+
+def test_as_many_epochs_as_the_script_trains(tmp_path: Path) -> None:
+    config = load(tmp_path, "rules: [{method: ce, compression: 2}]\nrecluster: {every_steps: 5, epochs: 3}")
+    assert config.epochs == 3
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,8 @@ def test_a_training_of_unknown_length(tmp_path: Path) -> None:
         ("rules: [{method: ce, compression: 2}]\nrecluster: {seed: 5}", "needs every_steps, or total_steps"),
         ("rules: [{method: ce, compression: 2}]\nrecluster: {every_steps: 5, count: 2}", "give one"),
         ("rules: [{method: ce, compression: 2}]\nrecluster: {every_steps: 0}", "not a positive integer"),
+        ("rules: [{method: ce, compression: 2}]\nrecluster: {every_steps: 5, epochs: 0}", "epochs=0 is not a positive"),
+        ("rules: [{method: ce, compression: 2}]\nrecluster: {total_steps: 5, epochs: 2}", "give one"),
     ],
 )
 def test_what_is_refused(tmp_path: Path, text: str, says: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,19 +22,21 @@ rules:
   - min_num_embeddings: 1000
     method: cce
     compression: 16
-recluster: {every_steps: 12, stop_after_fraction: 0.6, total_steps: 48}
+recluster: {every_steps: 12, stop_after_fraction: 0.6}
 """
 
 pytestmark = pytest.mark.distributed
 
 
-def run_script(folder: Path, world_size: int, *, swap: bool) -> tuple[list[dict[str, Any]], str]:
+def run_script(
+    folder: Path, world_size: int, *, swap: bool, rules: str = RULES, epochs: int = 1
+) -> tuple[list[dict[str, Any]], str]:
     """What each rank found, and what was printed."""
     config = folder / "swap.yaml"
-    config.write_text(RULES)
+    config.write_text(rules)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
     by_swap = ["-m", "cce_torchrec.swap", "--config", str(config)] if swap else []
-    ours = [str(SCRIPT), "--out", str(folder), "--steps", str(STEPS)]
+    ours = [str(SCRIPT), "--out", str(folder), "--steps", str(STEPS // epochs), "--epochs", str(epochs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*launcher, *by_swap, *ours],
@@ -70,6 +73,22 @@ def test_a_script_as_it_is(tmp_path: Path, world_size: int) -> None:
     assert "re-clustered after step 24" in printed
     assert "re-clustered after step 36" not in printed
     assert [ranks[0]["state"]] * world_size == [result["state"] for result in ranks]
+
+
+@pytest.mark.parametrize(
+    ("recluster", "steps"),
+    [
+        ("{every_steps: 6, stop_after_fraction: 0.5}", [6, 12, 30, 36]),  # the first half of each epoch
+        ("{every_steps: 6, stop_after_fraction: 0.5, epochs: 2}", [6, 12, 18, 24]),
+        ("{every_steps: 6, stop_after_fraction: 0.5, total_steps: 26}", [6, 12]),
+    ],
+)
+def test_when_it_stops(tmp_path: Path, recluster: str, steps: list[int]) -> None:
+    """Two epochs of 24 steps, of which the script says nothing but by its loader."""
+    rules = RULES[: RULES.index("recluster:")] + f"recluster: {recluster}\n"
+    ranks, printed = run_script(tmp_path, 1, swap=True, rules=rules, epochs=2)
+    assert len(ranks[0]["losses"]) == STEPS
+    assert [int(step) for step in re.findall(r"re-clustered after step (\d+):", printed)] == steps
 
 
 def test_without_it_nothing_is_changed(tmp_path: Path) -> None:

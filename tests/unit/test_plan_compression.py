@@ -30,6 +30,7 @@ from cce_torchrec.planner.expected_loss import expected_loss
 from cce_torchrec.planner.footprint import Devices, footprint
 from cce_torchrec.planner.traffic import Traffic
 from cce_torchrec.recluster.workspace import recluster_workspace
+from cce_torchrec.replace import with_method
 
 CPU = torch.device("cpu")
 DEVICES = Devices(world_size=1, optimizer="rowwise_adagrad", recluster=ReclusterConfig(), device_type="cpu")
@@ -246,6 +247,15 @@ def test_the_smallest_budget_works() -> None:
         plan_compression([BIG, SMALL], budget_bytes=smallest - 1)
 
 
+def test_sharded_assignments_do_not_follow_a_table_that_stays_full() -> None:
+    """A budget in which it fits whole: nothing is left to place, and the plan can be carried out."""
+    table_ = CompressedEmbeddingBagConfig(
+        **vars(SMALL), method=CCE(num_rows=4, num_columns=2), assignment_placement="sharded"
+    )
+    plan = plan_compression([table_], budget_bytes=10**9)
+    assert with_method(table_, plan.methods["t_small"]).method == FullTable()
+
+
 def test_only_included_tables_are_compressed() -> None:
     tables = [BIG, table("t_other", 200_000)]
     plan = plan_compression(tables, budget_bytes=20_000_000, include=".*_big", methods=["ce"])
@@ -259,22 +269,35 @@ def test_only_included_tables_are_compressed() -> None:
         ({"methods": ["dhe"]}, "no model to plan by"),
         ({"methods": "cce"}, "give a list"),
         ({"methods": {"cce": {"rows": 3}}}, "not fields"),
+        ({"methods": []}, "methods=.. is empty"),
+        ({"methods": {"cce": 4}}, r"methods\['cce'\]=4 fixes no fields"),
+        ({"methods": {"cce": {"num_rows": 10**6}}}, "t_big.*the smallest possible is"),
+        ({"include": ["t_big"]}, r"include=\['t_big'\] is no text"),
         ({"methods": {"cce": {"num_columns": 5}}}, "t_big.*nearest numbers of columns"),
         ({"include": "u_.*"}, "matches no table"),
         ({"include": "("}, "not a regular expression"),
         ({"optimizer": "lamb"}, "not one of"),
         ({"device_type": "tpu"}, "neither"),
-        ({"world_size": 0}, "not a positive integer"),
-        ({"budget_bytes": 1.5}, "not a positive integer"),
+        ({"world_size": 0}, "world_size=0 is not a positive integer: give the number of devices"),
+        ({"budget_bytes": 1.5}, "budget_bytes=1.5 is not a positive integer"),
+        ({"budget_bytes": 0}, "budget_bytes=0 is not .*: give the bytes of one device"),
+        ({"budget_bytes": -1}, "budget_bytes=-1 is not"),
+        ({"budget_bytes": "2GB"}, "budget_bytes='2GB' is not"),
+        ({"tables": []}, "tables is empty"),
+        ({"tables": [BIG, BIG]}, "Duplicate table name 't_big'"),
         ({"statistics": {"t_big": 1}}, "lacks .'t_small'"),
         ({"statistics": {"t_big": 1, "t_small": 1, "x": 1}}, "no tables"),
         ({"statistics": {"t_big": 0, "t_small": 0}}, "no lookup"),
         ({"statistics": {"t_big": -1, "t_small": 0}}, "below 0"),
         ({"statistics": {"t_big": 1, "t_small": [1] * 501}}, "500 ids"),
+        ({"statistics": {"t_big": 1, "t_small": "many"}}, "t_small'. is str, of which no numbers"),
+        ({"statistics": {"t_big": {7: 1}, "t_small": 1}}, "t_big'. is dict, of which no numbers"),
+        ({"statistics": {"t_big": float("nan"), "t_small": 1}}, "not finite"),
+        ({"statistics": {"t_big": [[1]], "t_small": 1}}, r"shape \(1, 1\)"),
         ({"statistics": 3}, "neither lookups"),
         ({"statistics": "/nowhere"}, "does not exist"),
     ],
 )
 def test_what_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        plan_compression([BIG, SMALL], **{"budget_bytes": 5_000_000, **settings})
+        plan_compression(**{"tables": [BIG, SMALL], "budget_bytes": 5_000_000, **settings})

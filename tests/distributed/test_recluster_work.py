@@ -1,0 +1,159 @@
+"""What the model says a re-clustering does, against what one did: every collective, every distance, the memory."""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from cce_torchrec import CCE, ReclusterConfig, ResidualCCE
+from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.recluster import seeding
+from cce_torchrec.recluster.collectives import LocalCollectives, ProcessGroupCollectives
+from cce_torchrec.recluster.nearest import Tracker
+from cce_torchrec.recluster.table import TableState, recluster_table
+from cce_torchrec.simulate.work import ReclusterWork, recluster_work
+from tests.distributed.harness import RankPool
+
+CPU = torch.device("cpu")
+METHODS = {
+    "cce": CCE(num_rows=24, num_columns=4, num_helper_rows=40),
+    "wide": CCE(num_rows=300, num_columns=2),
+    "levels": ResidualCCE(num_rows=32, num_levels=3, num_columns=2),
+}
+CONFIG = ReclusterConfig(num_iterations=3, tolerance=0.0, decode_batch_size=2048)
+NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000}  # at most the size of the sample: all are in it
+
+
+def row_map(name: str, device: torch.device) -> CCERowMap:
+    made = METHODS[name].row_map("t", NUM_IDS[name], 16, device)
+    assert isinstance(made, CCERowMap)
+    return made
+
+
+def table_state(name: str, rank: int, world_size: int, *, is_sharded: bool) -> TableState:
+    of_table = row_map(name, CPU)
+    if is_sharded:
+        share = -(-NUM_IDS[name] // world_size)
+        of_table.keep_block(rank * share, min((rank + 1) * share, NUM_IDS[name]), CPU)
+    drawn = torch.Generator().manual_seed(5)
+    books = [torch.randn(column.num_rows, column.dim, generator=drawn) for column in of_table.columns]
+    no_state = [book.new_zeros(len(book), 0) for book in books]
+    return TableState(
+        name="t", row_map=of_table, rows=of_table.rows, codebooks=books, optimizer_state=no_state, weights_V=None
+    )
+
+
+class Instrument(ExitStack):
+    """Counts what is asked of collectives and of the functions that compute distances."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: Counter[tuple[str, int]] = Counter()
+        self.distances: Counter[str] = Counter()
+
+    def __enter__(self) -> "Instrument":
+        nearest = Tracker.nearest
+
+        def counted_nearest(tracker: Tracker, centroids_KD: Tensor) -> Any:
+            kind = "assign" if tracker._once else "search"
+            self.distances[kind] += len(tracker._points_ND) * len(centroids_KD)
+            return nearest(tracker, centroids_KD)
+
+        self.enter_context(mock.patch.object(Tracker, "nearest", counted_nearest))
+        self._count(seeding, "_costs_by_scores", "seeding")
+        by_differences = seeding.squared_distances
+
+        def counted_candidates(points_ND: Tensor, centroids_KD: Tensor) -> Tensor:
+            self.distances["candidates"] += len(centroids_KD) * (len(points_ND) == 1)  # a pick to all candidates
+            return by_differences(points_ND, centroids_KD)
+
+        self.enter_context(mock.patch.object(seeding, "squared_distances", counted_candidates))
+        for name, given in (("all_reduce", 0), ("all_gather", 1)):
+            self._listen(name, given)
+        return self
+
+    def _count(self, module: Any, name: str, kind: str) -> None:
+        original: Callable[..., Tensor] = getattr(module, name)
+
+        def counted(points_ND: Tensor, centroids_KD: Tensor) -> Tensor:
+            self.distances[kind] += len(points_ND) * len(centroids_KD)
+            return original(points_ND, centroids_KD)
+
+        self.enter_context(mock.patch.object(module, name, counted))
+
+    def _listen(self, name: str, given: int) -> None:
+        original = getattr(dist, name)
+
+        def heard(*args: Any, **kwargs: Any) -> Any:
+            self.messages[name, args[given].numel() * args[given].element_size()] += 1
+            return original(*args, **kwargs)
+
+        self.enter_context(mock.patch.object(dist, name, heard))
+
+
+def on_a_rank(rank: int, world_size: int, name: str, is_sharded: bool) -> tuple[Counter[Any], Counter[str]]:
+    """A re-clustering, and what was counted."""
+    state = table_state(name, rank, world_size, is_sharded=is_sharded)
+    collectives = LocalCollectives() if world_size == 1 else ProcessGroupCollectives()
+    with Instrument() as instrument:
+        recluster_table(state, seed=3, config=CONFIG, collectives=collectives)
+    return instrument.messages, instrument.distances
+
+
+def expected(name: str, world_size: int, is_sharded: bool) -> ReclusterWork:
+    return recluster_work(row_map(name, torch.device("meta")), CONFIG, world_size, "cpu", is_sharded)
+
+
+def check(work: ReclusterWork, messages: Counter[Any], distances: Counter[str]) -> None:
+    counted: Counter[Any] = Counter()
+    for message in work.messages:
+        counted[message.collective, message.bytes] += message.calls
+    assert messages == counted
+    assert distances["search"] == work.num_fits * work.fit.search_distances
+    assert distances["seeding"] == work.num_fits * work.fit.seeding_distances
+    assert distances["candidates"] == work.num_fits * work.fit.candidate_distances
+    assert distances["assign"] == work.assign_distances
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_on_one_rank(name: str) -> None:
+    check(expected(name, 1, False), *on_a_rank(0, 1, name, False))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_on_several_ranks(request: pytest.FixtureRequest, ranks: int, name: str, is_sharded: bool) -> None:
+    """The model is of the first rank, whose share is the largest."""
+    pool: RankPool = request.getfixturevalue(f"ranks{ranks}")
+    check(expected(name, ranks, is_sharded), *pool.run(on_a_rank, name, is_sharded)[0])
+
+
+def peak_memory(rank: int, world_size: int, name: str, is_sharded: bool) -> int:
+    state = table_state(name, rank, world_size, is_sharded=is_sharded)
+    tracker = MemTracker()
+    tracker.track_external(state.row_map)
+    collectives = LocalCollectives() if world_size == 1 else ProcessGroupCollectives()
+    with tracker:
+        before = tracker.get_tracker_snapshot("current")[CPU]["Total"]
+        recluster_table(state, seed=3, config=CONFIG, collectives=collectives)
+    return tracker.get_tracker_snapshot("peak")[CPU]["Total"] - before
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_memory_is_within_the_bound(request: pytest.FixtureRequest, ranks: int) -> None:
+    found = [peak_memory(0, 1, "wide", False)]
+    if ranks > 1:
+        found = request.getfixturevalue(f"ranks{ranks}").run(peak_memory, "wide", True)
+    bound = expected("wide", ranks, ranks > 1).workspace
+    scores = 4 << 20  # the block of distances, which is not used where the native kernel runs
+    assert max(found) <= sum(bound) <= 2.5 * max(found) + scores
