@@ -12,6 +12,10 @@
 #include <thread>
 #include <vector>
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 #include "hashing.h"
 
 namespace {
@@ -20,6 +24,7 @@ constexpr int64_t BAGS = 256;  // of a table whose rows are computed at a time
 constexpr int64_t AHEAD = 64;  // ids whose assignments are on their way from memory
 constexpr int64_t BAGS_AHEAD = 8;  // bags whose gradients are
 constexpr int64_t LINE = 64;  // bytes of a cache line
+constexpr int64_t LARGE = 1 << 20;  // floats of an output that is written past the cache
 
 // Tables, pieces and batches are mirrored by lookup.py.
 struct Piece {     // a column of a table, or some of its dims
@@ -90,6 +95,8 @@ void share(int64_t count, int64_t threads, Work work) {
 template <int LANES>
 struct Lanes {
   typedef float type __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+  typedef uint64_t words __attribute__((vector_size(LANES * 8)));
+  typedef uint32_t rows __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 };
 
 template <int LANES>
@@ -159,19 +166,23 @@ void stored_rows(const Shape& shape, const Table& table, const Piece* pieces, co
 template <typename Shape>
 void hashed_rows(const Shape& shape, const Table& table, const Piece* pieces, const int64_t* ids, int64_t n,
                  uint32_t* rows) {
+  constexpr int KNOWN = Shape::PIECES != 0 ? Shape::PIECES : 1;
+  using Words = typename Lanes<KNOWN>::words;
+  using Rows = typename Lanes<KNOWN>::rows;
   const int64_t stride = shape.pieces() * shape.rows();
-  const uint64_t num_rows = table.hashed_rows, from = table.hashed_from;
-  const uint64_t seed = table.coefficients[0];
-  PerPiece<Shape, uint64_t> multipliers(shape);
-  for (int64_t h = 0; h < table.hashes; ++h) {
-    for (int64_t p = 0; p < shape.pieces(); ++p) multipliers[p] = table.coefficients[1 + pieces[p].column * table.hashes + h];
-    for (int64_t i = 0; i < n; ++i) {
-      const uint64_t mixed = mix64(static_cast<uint64_t>(ids[i]) ^ seed);
-      uint32_t* out = rows + i * stride + (table.stored + h) * shape.pieces();
-      for (int64_t p = 0; p < shape.pieces(); ++p)
-        out[p] = static_cast<uint32_t>(hashed(mixed, multipliers[p], num_rows) + from);
+  const uint64_t num_rows = table.hashed_rows, from = table.hashed_from, seed = table.coefficients[0];
+  for (int64_t h = 0; h < table.hashes; ++h)
+    for (int64_t first = 0; first < shape.pieces(); first += KNOWN) {
+      Words multipliers;
+      for (int64_t p = 0; p < KNOWN; ++p)
+        multipliers[p] = table.coefficients[1 + pieces[first + p].column * table.hashes + h];
+      uint32_t* out = rows + (table.stored + h) * shape.pieces() + first;
+      for (int64_t i = 0; i < n; ++i) {
+        const Words mixed = mix64(static_cast<uint64_t>(ids[i]) ^ seed) * multipliers;
+        const Words row = ((mixed >> 32) * num_rows >> 32) + from;
+        *reinterpret_cast<Rows*>(out + i * stride) = __builtin_convertvector(row, Rows);
+      }
     }
-  }
 }
 
 template <typename Shape>
@@ -189,10 +200,32 @@ void rows_of(const Shape& shape, const Table& table, const Piece* pieces, const 
       for (int64_t p = 0; p < shape.pieces(); ++p) rows[i * shape.pieces() + p] = static_cast<uint32_t>(ids[i]);
 }
 
+// Writes past the cache, where the processor can: an output that is larger than the cache is not read before it is full.
+template <int LANES>
+inline void stream(float* out, typename Lanes<LANES>::type lanes) {
+#ifdef __AVX512F__
+  if constexpr (LANES == 16) return _mm512_stream_ps(out, reinterpret_cast<const __m512&>(lanes));
+#endif
+#ifdef __AVX__
+  if constexpr (LANES == 8) return _mm256_stream_ps(out, reinterpret_cast<const __m256&>(lanes));
+#endif
+  *reinterpret_cast<typename Lanes<LANES>::type*>(out) = lanes;
+}
+
+// Whether all vectors of a table may be streamed: the output is large, and they are aligned in it.
+template <typename Shape>
+bool streams(const Table& table, const Piece* pieces, const Batch& batch, const float* out) {
+  if (batch.size * batch.width < LARGE) return false;
+  uint64_t places = reinterpret_cast<uint64_t>(out) / 4 | static_cast<uint64_t>(batch.width);
+  for (int64_t p = 0; p < table.num_pieces; ++p)
+    for (int64_t f = 0; f < table.num_features; ++f) places |= static_cast<uint64_t>(batch.outs[pieces[p].first_out + f]);
+  return places % Shape::LANES == 0;
+}
+
 // out = sum of the rows of a bag, of one piece, [ids][rows][pieces] from `rows` on.
 template <typename Shape>
 inline void pool_bag(const Shape& shape, const float* table, int64_t dim, const uint32_t* rows, int64_t n,
-                     const float* weights, float* out) {
+                     const float* weights, bool streamed, float* out) {
   using Part = typename Shape::Part;
   constexpr int64_t AT_ONCE = Shape::PARTS != 0 ? Shape::PARTS : 1;
   const int64_t stride = shape.pieces() * shape.rows();
@@ -204,7 +237,13 @@ inline void pool_bag(const Shape& shape, const float* table, int64_t dim, const 
         const float weight = weights == nullptr ? 1 : weights[i];
         for (int64_t a = 0; a < AT_ONCE; ++a) sum[a] += weight * row[a];
       }
-    for (int64_t a = 0; a < AT_ONCE; ++a) reinterpret_cast<Part*>(out)[d + a] = sum[a];
+    for (int64_t a = 0; a < AT_ONCE; ++a) {
+      float* place = out + (d + a) * Shape::LANES;
+      if (streamed)
+        stream<Shape::LANES>(place, sum[a]);
+      else
+        *reinterpret_cast<Part*>(place) = sum[a];
+    }
   }
 }
 
@@ -220,6 +259,7 @@ void pool(const Table& table, const Piece* pieces, const Batch& batch, int64_t f
           float* out) {
   const Shape shape(table, table.num_pieces);
   const int64_t stride = shape.pieces() * shape.rows(), begin = batch.offsets[table.first_feature * batch.size];
+  const bool streamed = streams<Shape>(table, pieces, batch, out);
   std::vector<uint32_t> scratch;
   PerPiece<Shape, const float*> weights(shape);
   PerPiece<Shape, int64_t> outs(shape);
@@ -242,13 +282,16 @@ void pool(const Table& table, const Piece* pieces, const Batch& batch, int64_t f
         const float* sample = batch.sample_weights == nullptr ? nullptr : batch.sample_weights + ends[b];
         if (ids == 1 && sample == nullptr)  // as most often, and known to the compiler
           for (int64_t p = 0; p < shape.pieces(); ++p)
-            pool_bag(shape, weights[p], shape.dim(pieces[p]), mine + p, 1, nullptr, vectors + outs[p]);
+            pool_bag(shape, weights[p], shape.dim(pieces[p]), mine + p, 1, nullptr, streamed, vectors + outs[p]);
         else
           for (int64_t p = 0; p < shape.pieces(); ++p)
-            pool_bag(shape, weights[p], shape.dim(pieces[p]), mine + p, ids, sample, vectors + outs[p]);
+            pool_bag(shape, weights[p], shape.dim(pieces[p]), mine + p, ids, sample, streamed, vectors + outs[p]);
       }
     }
   }
+#ifdef __AVX__
+  _mm_sfence();  // whoever reads the output next sees what was streamed
+#endif
 }
 
 // sums[p] [rows, dim] += the gradients of the vectors that its rows are part of.

@@ -89,7 +89,7 @@ class DenseStore:
         return [self._tbe.weights.data_ptr()]
 
     def weights(self) -> Sequence[Tensor]:
-        return self._tbe.split_embedding_weights()  # type: ignore[no-any-return]
+        return self._tbe.split_embedding_weights()
 
     def momenta(self) -> Sequence[Tensor | None]:
         return [None] * len(self.weights())
@@ -120,7 +120,7 @@ class FusedStore:
         ]
 
     def weights(self) -> Sequence[Tensor]:
-        return self._tbe.split_embedding_weights()  # type: ignore[no-any-return]
+        return self._tbe.split_embedding_weights()
 
     def momenta(self) -> Sequence[Tensor | None]:
         if self._has_momenta:
