@@ -155,14 +155,15 @@ class CCERowMap(RowMap):
         return rows_CNR
 
     def source(self) -> RowSource | None:
+        assignments, coefficients = self.assignments, self.helper_coefficients  # a buffer takes its time to find
         return RowSource(
-            num_ids=len(self.assignments),
+            num_ids=len(assignments),
             first_id=self.first_id,
-            assignments=self.assignments,
+            assignments=assignments,
             num_stored=self.num_assigned,
             level_rows=self.level_rows,
-            coefficients=self.helper_coefficients,
-            num_hashes=int(self.helper_coefficients is not None),
+            coefficients=coefficients,
+            num_hashes=int(coefficients is not None),
             num_hashed_rows=self.num_helper_rows,
             hashed_from=self.num_main_rows,
         )

@@ -8,10 +8,15 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -145,11 +150,14 @@ void stored_rows(const Shape& shape, const Table& table, const Piece* pieces, co
   const Word* assignments = static_cast<const Word*>(table.assignments) - table.first_id * width;
   bool straight = Shape::PIECES != 0 && table.columns == Shape::PIECES && table.stored == 1;
   for (int64_t p = 0; p < shape.pieces(); ++p) straight &= pieces[p].column == p;
+  constexpr int KNOWN = Shape::PIECES != 0 ? Shape::PIECES : 1;
+  typedef Word Words __attribute__((vector_size(KNOWN * sizeof(Word)), aligned(sizeof(Word)), may_alias));
+  using Rows = typename Lanes<KNOWN>::rows;
   if (straight) {  // all columns in their order, as most often, and known to the compiler
     for (int64_t i = 0; i < n; ++i) {
       if (i + AHEAD < left) __builtin_prefetch(assignments + ids[i + AHEAD] * Shape::PIECES);
       const Word* words = assignments + ids[i] * Shape::PIECES;
-      for (int64_t p = 0; p < Shape::PIECES; ++p) rows[i * stride + p] = static_cast<uint32_t>(words[p]);
+      *reinterpret_cast<Rows*>(rows + i * stride) = __builtin_convertvector(*reinterpret_cast<const Words*>(words), Rows);
     }
     return;
   }
@@ -223,9 +231,9 @@ bool streams(const Table& table, const Piece* pieces, const Batch& batch, const 
 }
 
 // out = sum of the rows of a bag, of one piece, [ids][rows][pieces] from `rows` on.
-template <typename Shape>
+template <bool STREAMED, typename Shape>
 inline void pool_bag(const Shape& shape, const float* table, int64_t dim, const uint32_t* rows, int64_t n,
-                     const float* weights, bool streamed, float* out) {
+                     const float* weights, float* out) {
   using Part = typename Shape::Part;
   constexpr int64_t AT_ONCE = Shape::PARTS != 0 ? Shape::PARTS : 1;
   const int64_t stride = shape.pieces() * shape.rows();
@@ -239,11 +247,54 @@ inline void pool_bag(const Shape& shape, const float* table, int64_t dim, const 
       }
     for (int64_t a = 0; a < AT_ONCE; ++a) {
       float* place = out + (d + a) * Shape::LANES;
-      if (streamed)
+      if constexpr (STREAMED)
         stream<Shape::LANES>(place, sum[a]);
       else
         *reinterpret_cast<Part*>(place) = sum[a];
     }
+  }
+}
+
+// Where the pieces of a table are, and the vectors that one of its features makes of them.
+template <typename Shape>
+struct Places {
+  PerPiece<Shape, const float*> weights;
+  PerPiece<Shape, int64_t> outs;
+  explicit Places(const Shape& shape) : weights(shape), outs(shape) {}
+};
+
+// Pools `count` bags, whose ids and rows begin at the first of `ends`.
+template <bool STREAMED, typename Shape>
+void pool_bags(const Shape& shape, Places<Shape>& places, const Piece* pieces, const Batch& batch, const int64_t* ends,
+               int64_t count, const uint32_t* rows, float* out) {
+  const int64_t stride = shape.pieces() * shape.rows();
+  for (int64_t b = 0; b < count; ++b, out += batch.width) {
+    const uint32_t* mine = rows + (ends[b] - ends[0]) * stride;
+    const int64_t ids = ends[b + 1] - ends[b];
+    const float* sample = batch.sample_weights == nullptr ? nullptr : batch.sample_weights + ends[b];
+    if constexpr (Shape::PIECES != 0 && Shape::ROWS != 0 && Shape::PARTS == 1)  // sums before stores: nothing waits
+      if (ids == 1 && sample == nullptr) {
+        typename Shape::Part sums[Shape::PIECES];
+        for (int64_t p = 0; p < Shape::PIECES; ++p) {
+          sums[p] = typename Shape::Part{};
+          for (int64_t r = 0; r < Shape::ROWS; ++r)
+            sums[p] += *reinterpret_cast<const typename Shape::Part*>(places.weights[p] +
+                                                                      mine[r * Shape::PIECES + p] * Shape::LANES);
+        }
+        for (int64_t p = 0; p < Shape::PIECES; ++p) {
+          if constexpr (STREAMED)
+            stream<Shape::LANES>(out + places.outs[p], sums[p]);
+          else
+            *reinterpret_cast<typename Shape::Part*>(out + places.outs[p]) = sums[p];
+        }
+        continue;
+      }
+    if (ids == 1 && sample == nullptr)  // as most often, and known to the compiler
+      for (int64_t p = 0; p < shape.pieces(); ++p)
+        pool_bag<STREAMED>(shape, places.weights[p], shape.dim(pieces[p]), mine + p, 1, nullptr, out + places.outs[p]);
+    else
+      for (int64_t p = 0; p < shape.pieces(); ++p)
+        pool_bag<STREAMED>(shape, places.weights[p], shape.dim(pieces[p]), mine + p, ids, sample, out + places.outs[p]);
   }
 }
 
@@ -261,13 +312,12 @@ void pool(const Table& table, const Piece* pieces, const Batch& batch, int64_t f
   const int64_t stride = shape.pieces() * shape.rows(), begin = batch.offsets[table.first_feature * batch.size];
   const bool streamed = streams<Shape>(table, pieces, batch, out);
   std::vector<uint32_t> scratch;
-  PerPiece<Shape, const float*> weights(shape);
-  PerPiece<Shape, int64_t> outs(shape);
+  Places<Shape> places(shape);
   for (int64_t f = 0; f < table.num_features; ++f) {
     const int64_t* ends = batch.offsets + (table.first_feature + f) * batch.size;
     for (int64_t p = 0; p < shape.pieces(); ++p) {
-      weights[p] = pieces[p].weights;
-      outs[p] = batch.outs[pieces[p].first_out + f];
+      places.weights[p] = pieces[p].weights;
+      places.outs[p] = batch.outs[pieces[p].first_out + f];
       if (ends[end] - ends[first] >= pieces[p].rows) sweep(pieces[p]);
     }
     for (int64_t start = first; start < end; start += BAGS) {
@@ -275,18 +325,8 @@ void pool(const Table& table, const Piece* pieces, const Batch& batch, int64_t f
       if (kept == nullptr && static_cast<int64_t>(scratch.size()) < n * stride) scratch.resize(n * stride);
       uint32_t* rows = kept != nullptr ? kept + (at - begin) * stride : scratch.data();
       rows_of(shape, table, pieces, batch.ids + at, n, ends[end] - at, rows);
-      for (int64_t b = start; b < stop; ++b) {
-        float* vectors = out + b * batch.width;
-        const uint32_t* mine = rows + (ends[b] - at) * stride;
-        const int64_t ids = ends[b + 1] - ends[b];
-        const float* sample = batch.sample_weights == nullptr ? nullptr : batch.sample_weights + ends[b];
-        if (ids == 1 && sample == nullptr)  // as most often, and known to the compiler
-          for (int64_t p = 0; p < shape.pieces(); ++p)
-            pool_bag(shape, weights[p], shape.dim(pieces[p]), mine + p, 1, nullptr, streamed, vectors + outs[p]);
-        else
-          for (int64_t p = 0; p < shape.pieces(); ++p)
-            pool_bag(shape, weights[p], shape.dim(pieces[p]), mine + p, ids, sample, streamed, vectors + outs[p]);
-      }
+      const auto pool_them = streamed ? pool_bags<true, Shape> : pool_bags<false, Shape>;
+      pool_them(shape, places, pieces, batch, ends + start, stop - start, rows, out + start * batch.width);
     }
   }
 #ifdef __AVX__
@@ -309,7 +349,7 @@ void add_gradients(const Shape& shape, const Table& table, const Piece* pieces, 
     for (int64_t b = 0; b < batch.size; ++b) {
       const float* vectors = gradient + b * batch.width;
       for (int64_t p = 0; p < shape.pieces(); ++p)
-        for (int64_t d = 0; d < shape.dim(pieces[p]); d += LINE / 4)
+        for (int64_t d = -(outs[p] % (LINE / 4)) & (LINE / 4 - 1); d < shape.dim(pieces[p]); d += LINE / 4)
           __builtin_prefetch(vectors + BAGS_AHEAD * batch.width + outs[p] + d);
       for (int64_t n = ends[b]; n < ends[b + 1]; ++n) {
         const float weight = batch.sample_weights == nullptr ? 1 : batch.sample_weights[n];
@@ -350,19 +390,42 @@ void step(const Shape& shape, const Piece& piece, float* gradient, const Step& s
   }
 }
 
+// Floats that are 0 at first, in huge pages where the system has some: rows are touched in no order.
+class HugeBuffer {
+ public:
+  ~HugeBuffer() { std::free(floats_); }
+  float* floats(int64_t count) {
+    if (count > size_) {
+      std::free(floats_);
+      size_ = (count + PAGE / 4 - 1) / (PAGE / 4) * (PAGE / 4);
+      floats_ = static_cast<float*>(std::aligned_alloc(PAGE, size_ * 4));
+      if (floats_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      madvise(floats_, size_ * 4, MADV_HUGEPAGE);
+#endif
+      std::memset(floats_, 0, size_ * 4);
+    }
+    return floats_;
+  }
+
+ private:
+  static constexpr int64_t PAGE = 1 << 21;
+  float* floats_ = nullptr;
+  int64_t size_ = 0;
+};
+
 template <typename Shape>
 void backward(const Table& table, const Piece* pieces, int64_t count, const Batch& batch, const uint32_t* rows, const float* gradient,
               const Step& settings) {
   const Shape shape(table, count);
-  static thread_local std::vector<float> buffer;  // 0 wherever no step is under way
+  static thread_local HugeBuffer buffer;  // 0 wherever no step is under way
   int64_t size = 0;
   std::vector<float*> sums;
   for (int64_t p = 0; p < shape.pieces(); ++p) size += pieces[p].rows * pieces[p].dim;
-  if (settings.gradient == nullptr && static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
-  float* next = buffer.data();
+  float* next = settings.gradient == nullptr ? buffer.floats(size) : nullptr;
   for (int64_t p = 0; p < shape.pieces(); ++p) {
     sums.push_back(settings.gradient != nullptr ? settings.gradient + pieces[p].start : next);
-    next += pieces[p].rows * pieces[p].dim;
+    if (next != nullptr) next += pieces[p].rows * pieces[p].dim;
   }
   add_gradients(shape, table, pieces, batch, rows, gradient, sums.data());
   if (settings.gradient != nullptr) return;

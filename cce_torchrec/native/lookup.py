@@ -163,7 +163,7 @@ class FusedLookup:
             sample_weights_N: of the ids, if any; no gradients flow to them.
 
         Returns:
-            float32 [B, W]; ``None``, and nothing done, where an id is out of bounds, or for what the kernels are not made for.
+            float32 [B, W]; ``None``, and nothing done, where an id is out of bounds or the kernels are made for other things.
         """
         if usable(ids_N.contiguous(), offsets.contiguous()) is None:
             return None
@@ -261,13 +261,13 @@ def _addresses(
         keeps=(c_tables, c_pieces),
         rows_per_id_T=torch.tensor([table.num_pieces * max(table.stored + table.hashes, 1) for table in made]),
         num_rows=sum(piece.rows for piece in pieces),
-        is_plain=all(w.is_cpu and w.dtype == torch.float32 and w.is_contiguous() for w in weights)
-        and all(
-            tensor is None or (tensor.is_cpu and tensor.is_contiguous())
-            for s in sources
-            for tensor in (s.assignments, s.coefficients)
-        ),
+        is_plain=all(weight.dtype == torch.float32 and _is_reachable(weight) for weight in weights)
+        and all(_is_reachable(source.assignments) and _is_reachable(source.coefficients) for source in sources),
     )
+
+
+def _is_reachable(tensor: Tensor | None) -> bool:
+    return tensor is None or (tensor.is_cpu and tensor.is_contiguous())
 
 
 def _address(tensor: Tensor | None) -> int | None:
