@@ -1,4 +1,4 @@
-"""Ids to pooled vectors by the native operator: against sums of dense vectors, float64 autograd and Adagrad a row at a time."""
+"""The native operator against sums of dense vectors, float64 autograd, and Adagrad a row at a time."""
 
 import copy
 import pickle
@@ -97,7 +97,8 @@ def test_vectors_and_gradients(name: str, single: bool, is_weighted: bool) -> No
     out.values().backward(gradient)
     expected.values().backward(gradient.to(expected.values().dtype))
     for own, other in zip(collection.parameters(), plain.parameters(), strict=True):
-        assert own.grad is not None and other.grad is not None
+        assert own.grad is not None
+        assert other.grad is not None
         torch.testing.assert_close(own.grad.double(), other.grad.double(), rtol=1e-4, atol=1e-4)
 
 
