@@ -48,7 +48,7 @@ class FusedCollection:
             laid_out.append(LookupTable(table.row_map, feature, tuple(pieces)))
             width, feature = width + count * table.width, feature + count
         bags = [inner.embedding_bags[name] for table in tables for name in table.physical_names]
-        self._lookup = FusedLookup(laid_out, width, ParameterStore(bags))
+        self._lookup = FusedLookup(laid_out, len(self._features), width, ParameterStore(bags))
 
     def __call__(self, features: KeyedJaggedTensor) -> KeyedTensor | None:
         """Pooled physical features, those of a logical one side by side; ``None`` where the operator declines."""
@@ -111,7 +111,7 @@ def take_ids(lookup: nn.Module, rewrite: RowRewriter, is_weighted: bool) -> bool
     for tbe, store in zip(modules, stores, strict=True):
         assert store is not None
         tables = _laid_out(rewrite, first, tbe)
-        parts.append(FusedLookup(tables, int(tbe.D_offsets[-1]), store))
+        parts.append(FusedLookup(tables, len(rewrite.features), int(tbe.D_offsets[-1]), store))
         first += len(store.weights())
     grouped.forward = FusedForward(parts, rewrite, grouped.forward, is_weighted)
     return True

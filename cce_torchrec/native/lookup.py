@@ -139,13 +139,13 @@ class FusedLookup:
 
     Args:
         tables: what is looked up; at least one.
+        num_features: F, of a batch, those of other tables included.
         width: W, of the output.
         store: weights, and how they are trained.
     """
 
-    def __init__(self, tables: Sequence[LookupTable], width: int, store: Store) -> None:
-        self._tables, self._width, self.store = tables, width, store
-        self._num_features = sum(table.num_features for table in tables)
+    def __init__(self, tables: Sequence[LookupTable], num_features: int, width: int, store: Store) -> None:
+        self._tables, self._num_features, self._width, self.store = tables, num_features, width, store
         outs = [out for table in tables for piece in table.pieces for out in piece.outs]
         self._outs = torch.tensor(outs, dtype=torch.int64)
         self._places = torch.tensor([[t.first_feature, t.first_feature + t.num_features] for t in tables])

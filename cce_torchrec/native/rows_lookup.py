@@ -49,7 +49,7 @@ def _lookup(tbe: Any) -> FusedLookup | None:
         for number, (weight, (first, count)) in enumerate(zip(store.weights(), features_of_tables(tbe), strict=True))
         if count
     ]
-    return FusedLookup(tables, columns_F[-1], store)
+    return FusedLookup(tables, len(columns_F) - 1, columns_F[-1], store)
 
 
 class NativeForward:

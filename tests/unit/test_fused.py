@@ -116,14 +116,17 @@ def test_three_steps_of_an_optimizer(columns: int, dim: int, optimizer: EmbOptim
     weights = [weight.double().clone() for weight in tbe.split_embedding_weights()]
     sums = torch.zeros(columns, 2 * k, dtype=torch.float64)
     pieces = tuple(Piece(c, c, (c * dim,)) for c in range(columns))
-    lookup = FusedLookup([LookupTable(row_map, 0, pieces)], columns * dim, FusedStore(tbe))
+    lookup = FusedLookup([LookupTable(row_map, 1, pieces)], 3, columns * dim, FusedStore(tbe))  # of 3 features
     tbe.set_learning_rate(learning_rate)  # as a scheduler does
     for step in range(3):
         ids = torch.randint(0, V, (3 * B,), generator=torch.Generator().manual_seed(step))
         rows_CNR = row_map.rows(ids)
         leaves = [weight.clone().requires_grad_() for weight in weights]
         vectors = torch.cat([leaf[rows].sum(1) for leaf, rows in zip(leaves, rows_CNR, strict=True)], dim=1)
-        out = lookup(ids, torch.arange(0, 3 * B + 1, 3), None)
+        others = torch.full((B,), V + 1)  # of features before and after, of which it must not take notice
+        bags = torch.cat([torch.ones(B), torch.full((B,), 3), torch.ones(B)]).long()
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), bags.cumsum(0)])
+        out = lookup(torch.cat([others, ids, others]), offsets, None)
         assert out is not None
         expected = vectors.view(B, 3, -1).sum(1)
         torch.testing.assert_close(out, expected.float())
