@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.config import check_tables
 from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.dense_parts import DenseParts
+from cce_torchrec.fused import FusedCollection
 from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, check_layouts, decoded_tables, lower_tables
@@ -78,6 +79,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._rewrite = RowRewriter(
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
         )
+        self._fused = FusedCollection(self.lowered_tables, self._embedding_bag_collection, is_weighted)
         self._relabel = Relabel(self.lowered_tables)
         names = {table.name: table.embedding_names for table in self.tables()}
         self._embedding_names = [name for config in self._configs for name in names[config.name]]
@@ -193,7 +195,9 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
 def _pooled(collection: CompressedEmbeddingBagCollection, features: KeyedJaggedTensor) -> KeyedTensor:
     rows = None
     if collection.lowered_tables:
-        pooled = collection._embedding_bag_collection(collection._rewrite(features))
+        pooled = collection._fused(features)
+        if pooled is None:
+            pooled = collection._embedding_bag_collection(collection._rewrite(features))
         rows = collection._relabel(pooled, collection._relabel.factors(features))
     vectors = rows
     if vectors is None or collection.decoded_tables:

@@ -86,17 +86,17 @@ class RowRewriter:
             first_feature.append(first_feature[-1] + len(table.config.feature_names))
         self._feature_ends = first_feature[1:]
         self._keys: list[str] = []
-        self._pieces: list[tuple[int, int]] = []  # (table, column) of each physical table
+        self.pieces: list[tuple[int, int]] = []  # (table, column) of each physical table
         feature_P: list[int] = []
         for name in physical_tables:
             table = table_of[name]
             position, column = index[table.name], table.physical_names.index(name)
             count = len(table.config.feature_names)
-            self._pieces.append((position, column))
+            self.pieces.append((position, column))
             self._keys += table.physical_configs[column].feature_names
             feature_P += range(first_feature[position], first_feature[position] + count)
         whole = [(t, column) for t, table in enumerate(self.tables) for column in range(len(table.row_map.columns))]
-        self._whole_tables = self._pieces == whole
+        self._whole_tables = self.pieces == whole
         self._feature_P = torch.tensor(feature_P, dtype=torch.int64)
         rows_per_id_F = [table.row_map.rows_per_id for table in self.tables for _ in table.config.feature_names]
         self._rows_per_id_F1 = torch.tensor(rows_per_id_F, dtype=torch.int64).unsqueeze(1)
@@ -146,7 +146,7 @@ class RowRewriter:
         starts: list[list[int | None]] = [[None] * len(table.row_map.columns) for table in self.tables]
         repeats: list[tuple[int, int, int]] = []  # column shards of one column on one rank look up the same rows
         end = 0
-        for table, column in self._pieces:
+        for table, column in self.pieces:
             first = starts[table][column]
             if first is None:
                 starts[table][column] = end
@@ -175,7 +175,7 @@ class RowRewriter:
         """Flatten [C, N, R] pieces, a table each, into the order of the physical tables."""
         if self._whole_tables:
             return torch.cat([piece.reshape(-1) for piece in pieces])
-        return torch.cat([pieces[table][column].reshape(-1) for table, column in self._pieces])
+        return torch.cat([pieces[table][column].reshape(-1) for table, column in self.pieces])
 
     def _weights(self, features: KeyedJaggedTensor, ids: list[Tensor], ends: list[int]) -> list[Tensor]:
         """The weight of every row, a [C, N, R] tensor for each table: that of its id times its own."""

@@ -16,7 +16,7 @@ from cce_torchrec.distributed.replicated import requested_optimizers, train_repl
 from cce_torchrec.distributed.uneven import allow_uneven_batches
 from cce_torchrec.hashing import derive_seed
 from cce_torchrec.lowering import LoweredTable
-from cce_torchrec.native.lookup import use_native_lookups
+from cce_torchrec.native.rows_lookup import use_native_lookups
 
 
 def shard_codebooks(

@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.fetch import FetchGroup
+from cce_torchrec.fused import take_ids
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.native.bucketize import bucketize
 from cce_torchrec.rewrite import RowRewriter, select_features
@@ -103,7 +104,7 @@ class ClientGroup:
 
 
 class OwnerGroup:
-    """Send ids, then rewrite what belongs to the codebooks of this rank."""
+    """Send ids, then rewrite what belongs to the codebooks of this rank, where its lookup does not take ids itself."""
 
     rewrites_before_dist = False
 
@@ -111,6 +112,11 @@ class OwnerGroup:
         self.input_dist = input_dist
         self._features = features
         self._rewrite = rewriter
+        self._sends_ids_on = False
+
+    def fuse(self, lookup: nn.Module, is_weighted: bool) -> None:
+        """Let the lookup take ids, where it can."""
+        self._sends_ids_on = take_ids(lookup, self._rewrite, is_weighted)
 
     def distribute(
         self, features: KeyedJaggedTensor, version: int
@@ -122,7 +128,7 @@ class OwnerGroup:
         return False
 
     def localize(self, received: KeyedJaggedTensor, context: EmbeddingShardingContext) -> KeyedJaggedTensor:
-        return self._rewrite(received)
+        return received if self._sends_ids_on else self._rewrite(received)
 
 
 def _tables_of_features(tables: Sequence[LoweredTable], features: list[str]) -> list[str]:

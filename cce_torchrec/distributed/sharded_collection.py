@@ -34,7 +34,7 @@ from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.distributed.build import shard_codebooks, take_over_state
 from cce_torchrec.distributed.dense_parts import replicate
-from cce_torchrec.distributed.groups import make_group
+from cce_torchrec.distributed.groups import OwnerGroup, make_group
 from cce_torchrec.distributed.id_sharding import keep_local_blocks
 from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.lowering import DecodedTable, LoweredTable, decoded_tables, lower_tables
@@ -113,6 +113,9 @@ class ShardedCompressedEmbeddingBagCollection(
             make_group(sharding_type, sharding, self.lowered_tables, env, device, self._is_weighted, mode)
             for sharding_type, sharding in zip(inner._sharding_types, inner._embedding_shardings, strict=True)
         ]
+        for group, lookup in zip(self._groups, inner._lookups, strict=True):
+            if isinstance(group, OwnerGroup):
+                group.fuse(lookup, self._is_weighted)
         take_over_state(module, inner, self._row_maps, self.lowered_tables, env)
         # Pipelines look for these: they fuse the all-to-alls of all input dists and copy lookups to their streams.
         self._input_dists = [group.input_dist for group in self._groups]

@@ -33,6 +33,35 @@ class Column(NamedTuple):
     dim: int
 
 
+class RowSource(NamedTuple):
+    """Where native kernels find the rows of an id: A stored ones a column, then H hashed ones; with neither, its own number.
+
+        rows_i(id) = [ a * level_rows + assignments[id - first_id, i A + a]  for a < A ]
+                   + [ hashed_from + hash_{i H + h}(id)                      for h < H ]
+
+    Attributes:
+        num_ids: how many ids, from ``first_id`` on, can be looked up; -1 for any id.
+        first_id: the id of the first assignment.
+        assignments: uint8, int16 or int32 [num_ids, C * A], contiguous.
+        num_stored: A.
+        level_rows: from one stored row to the next.
+        coefficients: int64 [1 + C * H], of the hash functions.
+        num_hashes: H.
+        num_hashed_rows: the range of the hashes.
+        hashed_from: what is added to them.
+    """
+
+    num_ids: int = -1
+    first_id: int = 0
+    assignments: Tensor | None = None
+    num_stored: int = 0
+    level_rows: int = 0
+    coefficients: Tensor | None = None
+    num_hashes: int = 0
+    num_hashed_rows: int = 0
+    hashed_from: int = 0
+
+
 class RowMap(nn.Module, ABC):
     """Ids to physical rows, for one logical table; its state is in buffers.
 
@@ -75,6 +104,10 @@ class RowMap(nn.Module, ABC):
             Whether it was done. It must decline where :meth:`rows` could fail, an id out of bounds for one.
         """
         return False
+
+    def source(self) -> RowSource | None:
+        """Where native kernels find what :meth:`rows` returns; ``None`` where they cannot, or rows have weights."""
+        return None
 
     def row_weights(self, ids_N: Tensor) -> Tensor:
         """What each of the :meth:`rows` is multiplied by; only where ``has_row_weights``.

@@ -12,6 +12,7 @@ from cce_torchrec.methods.base import (
     Column,
     RowMap,
     RowMethod,
+    RowSource,
     budget_rows,
     check_divides,
     check_positive,
@@ -152,6 +153,20 @@ class CCERowMap(RowMap):
         if self.num_helper_rows:
             torch.add(self.helper_rows(ids_N), self.num_main_rows, out=rows_CNR[..., -1])
         return rows_CNR
+
+    def source(self) -> RowSource | None:
+        assignments, coefficients = self.assignments, self.helper_coefficients  # a buffer takes its time to find
+        return RowSource(
+            num_ids=len(assignments),
+            first_id=self.first_id,
+            assignments=assignments,
+            num_stored=self.num_assigned,
+            level_rows=self.level_rows,
+            coefficients=coefficients,
+            num_hashes=int(coefficients is not None),
+            num_hashed_rows=self.num_helper_rows,
+            hashed_from=self.num_main_rows,
+        )
 
     def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
         if self.num_assigned > 1 or self.helper_coefficients is None:

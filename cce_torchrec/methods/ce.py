@@ -12,6 +12,7 @@ from cce_torchrec.methods.base import (
     Column,
     RowMap,
     RowMethod,
+    RowSource,
     budget_rows,
     check_divides,
     check_positive,
@@ -58,6 +59,13 @@ class HashedRowMap(RowMap):
     def row_weights(self, ids_N: Tensor) -> Tensor:
         assert self.sign_coefficients is not None
         return hash_rows(ids_N, self.sign_coefficients, 2).unsqueeze(-1) * 2.0 - 1.0
+
+    def source(self) -> RowSource | None:
+        if self.has_row_weights:
+            return None
+        return RowSource(
+            coefficients=self.coefficients, num_hashes=self.rows_per_id, num_hashed_rows=self.columns[0].num_rows
+        )
 
     def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
         if self.rows_per_id > 1:

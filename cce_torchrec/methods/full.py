@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows
+from cce_torchrec.methods.base import Column, RowMap, RowMethod, RowSource, budget_rows
 
 
 class FullRowMap(RowMap):
@@ -20,6 +20,9 @@ class FullRowMap(RowMap):
 
     def rows(self, ids_N: Tensor) -> Tensor:
         return ids_N.view(1, -1, 1)
+
+    def source(self) -> RowSource | None:
+        return RowSource(num_ids=self.columns[0].num_rows)
 
 
 @dataclass(frozen=True, kw_only=True)

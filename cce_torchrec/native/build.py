@@ -87,7 +87,7 @@ def cached_path(compiler: list[str]) -> Path:
     made = os.stat(compiler[0])
     for part in (*compiler, made.st_mtime_ns, made.st_size, *_FLAGS, platform.machine(), _processor()):
         made_of.update(f"{part}\0".encode())
-    for source in _sources():
+    for source in [*_sources(), *_headers()]:
         made_of.update(source.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "cce_torchrec" / f"native-{made_of.hexdigest()[:32]}.so"
@@ -95,6 +95,10 @@ def cached_path(compiler: list[str]) -> Path:
 
 def _sources() -> list[Path]:
     return sorted(Path(__file__).parent.glob("*.cpp"))
+
+
+def _headers() -> list[Path]:
+    return sorted(Path(__file__).parent.glob("*.h"))
 
 
 def _processor() -> str:
@@ -151,9 +155,9 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.cce_assigned_rows.argtypes = [pointer, integer, pointer, integer, integer, integer, integer]
     loaded.cce_assigned_rows.argtypes += [pointer, integer, integer, pointer, pointer]
     loaded.cce_assigned_rows.restype = ctypes.c_int
-    loaded.cce_lookup.argtypes = [pointer, integer, pointer, pointer, integer]
+    loaded.cce_lookup.argtypes = [*[pointer] * 4, integer]
     loaded.cce_lookup.restype = ctypes.c_int
-    loaded.cce_lookup_backward.argtypes = [pointer, integer, pointer, pointer, ctypes.c_float, ctypes.c_float, integer]
+    loaded.cce_lookup_backward.argtypes = [*[pointer] * 5, integer]
     loaded.cce_lookup_backward.restype = None
     loaded.cce_bucketize.argtypes = [*[pointer] * 4, *[integer] * 3, *[pointer] * 3]
     loaded.cce_bucketize.restype = None

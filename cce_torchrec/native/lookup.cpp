@@ -1,39 +1,86 @@
-// Pooled lookups of many small tables, and their backward: gradients summed a row, then the optimizer's step of that row.
+// Ids to pooled vectors of many tables, and the way back: gradients summed a row, then the optimizer's step of that row.
 //
-// Indices need no sorting where a table is not much larger than a batch: gradients add up in a buffer as large as the table.
+// One pass over ids a table: rows of a block of ids (stored assignments, hashes, or the ids themselves), then sums of rows
+// straight into the output. Rows are kept, 4 bytes each, for the backward. Gradients add up in a buffer as large as the
+// codebooks of one table, which stays in the cache; nothing is sorted.
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
 #include <thread>
 #include <vector>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
+#include "hashing.h"
+
 namespace {
 
-struct Feature {
-  const int64_t* ends;  // [B + 1] offsets of its bags
-  int64_t column;       // where its vectors lie in a row of the output
-};
+constexpr int64_t BAGS = 256;  // of a table whose rows are computed at a time
+constexpr int64_t AHEAD = 64;  // ids whose assignments are on their way from memory
+constexpr int64_t BAGS_AHEAD = 8;  // bags whose gradients are
+constexpr int64_t LINE = 64;  // bytes of a cache line
+constexpr int64_t LARGE = 1 << 20;  // floats of an output that is written past the cache
 
-// Mirrored by lookup.py.
-struct Table {
-  float* weights;   // [rows, dim]
+// Tables, pieces and batches are mirrored by lookup.py.
+struct Piece {     // a column of a table, or some of its dims
+  float* weights;  // [rows, dim]
   float* momentum;  // [rows], or null
-  float* gradient;  // [rows, dim] to add to instead of stepping, or null
+  int64_t start;    // where its gradient begins among those of all pieces
   int64_t rows;
   int64_t dim;
+  int64_t column;
+  int64_t first_out;  // where the columns of the output are listed that its vectors go to, one for each feature
+};
+
+struct Table {
+  const void* assignments;  // [num_ids, columns * stored] words of `bytes` bytes (1: uint8, 2: int16, 4: int32), or null
+  const int64_t* coefficients;  // [1 + columns * hashes] of hash functions, or null; without both, an id is its row
+  int64_t bytes;
+  int64_t first_id;  // of the assignments; ids below it, or num_ids above it, are out of bounds
+  int64_t num_ids;   // -1: any id
+  int64_t columns;
+  int64_t stored;      // rows by assignment of an id and column,
+  int64_t level_rows;  // each of which begins as many rows after the one before
+  int64_t hashes;      // rows by hash, after those
+  int64_t hashed_rows;
+  int64_t hashed_from;
   int64_t first_feature;
   int64_t num_features;
+  int64_t first_piece;
+  int64_t num_pieces;
+
+  int64_t rows_per_piece() const { return std::max<int64_t>(stored + hashes, 1); }
 };
 
 struct Batch {
-  const int64_t* indices;
+  const int64_t* ids;
   const int64_t* offsets;       // [features * size + 1]
-  const float* sample_weights;  // [indices], or null
-  const int64_t* columns;       // [features]
-  int64_t size;                 // bags a feature
-  int64_t width;                // of a row of the output
-  Feature feature(int64_t f) const { return {offsets + f * size, columns[f]}; }
+  const float* sample_weights;  // [ids], or null
+  const int64_t* outs;
+  int64_t size;   // bags a feature
+  int64_t width;  // of a row of the output
+};
+
+struct Step {
+  float* gradient;  // of all pieces, to be added to instead of stepping; or null
+  float learning_rate;
+  float eps;
+};
+
+struct Tables {
+  const Table* tables;
+  const Piece* pieces;
+  int64_t num_tables;
 };
 
 // Runs work(i) for all i < count, shared by threads as they become free.
@@ -53,126 +100,441 @@ void share(int64_t count, int64_t threads, Work work) {
 template <int LANES>
 struct Lanes {
   typedef float type __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+  typedef uint64_t words __attribute__((vector_size(LANES * 8)));
+  typedef uint32_t rows __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
 };
 
-// LANES divides the dim and PARTS * LANES is it, where the compiler knows; PARTS is 0 where it does not.
-template <int LANES, int PARTS>
-bool pool(const Table& table, const Batch& batch, float* out) {
+template <int LANES>
+float total(typename Lanes<LANES>::type lanes) {
+  typename Lanes<LANES / 2>::type low, high;
+  std::memcpy(&low, &lanes, sizeof(low));
+  std::memcpy(&high, reinterpret_cast<const char*>(&lanes) + sizeof(low), sizeof(high));
+  return total<LANES / 2>(low + high);
+}
+
+template <>
+float total<1>(Lanes<1>::type lanes) {
+  return lanes[0];
+}
+
+// What the compiler knows of a table: PIECES of PARTS * LANES dims and ROWS rows an id each; 0 where it does not know.
+template <int PIECES_, int ROWS_, int LANES_, int PARTS_>
+struct Shape {
+  static constexpr int PIECES = PIECES_, ROWS = ROWS_, LANES = LANES_, PARTS = PARTS_;
   using Part = typename Lanes<LANES>::type;
-  const int64_t dim = PARTS != 0 ? PARTS * LANES : table.dim;
-  for (int64_t f = table.first_feature; f < table.first_feature + table.num_features; ++f) {
-    const Feature feature = batch.feature(f);
-    for (int64_t b = 0; b < batch.size; ++b) {
-      const int64_t start = feature.ends[b], end = feature.ends[b + 1];
-      for (int64_t n = start; n < end; ++n)
-        if (static_cast<uint64_t>(batch.indices[n]) >= static_cast<uint64_t>(table.rows)) return false;
-      Part* vector = reinterpret_cast<Part*>(out + b * batch.width + feature.column);
-      for (int64_t d = 0; d < dim / LANES; d += PARTS != 0 ? PARTS : 1) {
-        Part sum[PARTS != 0 ? PARTS : 1] = {};
-        for (int64_t n = start; n < end; ++n) {
-          const Part* row = reinterpret_cast<const Part*>(table.weights + batch.indices[n] * dim) + d;
-          const float weight = batch.sample_weights == nullptr ? 1 : batch.sample_weights[n];
-          for (int p = 0; p < (PARTS != 0 ? PARTS : 1); ++p) sum[p] += weight * row[p];
-        }
-        for (int p = 0; p < (PARTS != 0 ? PARTS : 1); ++p) vector[d + p] = sum[p];
-      }
+  int64_t some_pieces, some_rows;
+  int64_t between;  // one of an id's rows in a piece and the next: the pieces of the table
+  Shape(const Table& table, int64_t count)
+      : some_pieces(count), some_rows(table.rows_per_piece()), between(table.num_pieces) {}
+  int64_t pieces() const { return PIECES != 0 ? PIECES : some_pieces; }
+  int64_t rows() const { return ROWS != 0 ? ROWS : some_rows; }
+  int64_t dim(const Piece& piece) const { return PARTS != 0 ? PARTS * LANES : piece.dim; }
+};
+
+// An array of as many elements as there are pieces.
+template <typename Shape, typename Element>
+struct PerPiece {
+  Element known[Shape::PIECES != 0 ? Shape::PIECES : 1];
+  std::vector<Element> others;
+  Element* at;
+  explicit PerPiece(const Shape& shape)
+      : others(Shape::PIECES != 0 ? 0 : shape.pieces()), at(Shape::PIECES != 0 ? known : others.data()) {}
+  Element& operator[](int64_t p) { return Shape::PIECES != 0 ? known[p] : at[p]; }
+};
+
+// Rows by assignment of ids; rows of an id are [rows][pieces].
+template <typename Shape, typename Word>
+void stored_rows(const Shape& shape, const Table& table, const Piece* pieces, const int64_t* ids, int64_t n, int64_t left,
+                 uint32_t* rows) {
+  const int64_t width = table.columns * table.stored, stride = shape.pieces() * shape.rows();
+  const Word* assignments = static_cast<const Word*>(table.assignments) - table.first_id * width;
+  bool straight = Shape::PIECES != 0 && table.columns == Shape::PIECES && table.stored == 1;
+  for (int64_t p = 0; p < shape.pieces(); ++p) straight &= pieces[p].column == p;
+  constexpr int KNOWN = Shape::PIECES != 0 ? Shape::PIECES : 1;
+  typedef Word Words __attribute__((vector_size(KNOWN * sizeof(Word)), aligned(sizeof(Word)), may_alias));
+  using Rows = typename Lanes<KNOWN>::rows;
+  if (straight) {  // all columns in their order, as most often, and known to the compiler
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + AHEAD < left) __builtin_prefetch(assignments + ids[i + AHEAD] * Shape::PIECES);
+      const Word* words = assignments + ids[i] * Shape::PIECES;
+      *reinterpret_cast<Rows*>(rows + i * stride) = __builtin_convertvector(*reinterpret_cast<const Words*>(words), Rows);
     }
-  }
-  return true;
-}
-
-// Adds gradient vectors to the rows that `place` gives.
-template <int LANES, int PARTS, typename Place>
-void add_gradients(const Table& table, const Batch& batch, const float* gradient, Place place) {
-  using Part = typename Lanes<LANES>::type;
-  const int64_t parts = PARTS != 0 ? PARTS : table.dim / LANES;
-  for (int64_t f = table.first_feature; f < table.first_feature + table.num_features; ++f) {
-    const Feature feature = batch.feature(f);
-    for (int64_t b = 0; b < batch.size; ++b) {
-      const Part* vector = reinterpret_cast<const Part*>(gradient + b * batch.width + feature.column);
-      for (int64_t n = feature.ends[b]; n < feature.ends[b + 1]; ++n) {
-        Part* sum = reinterpret_cast<Part*>(place(batch.indices[n]));
-        const float weight = batch.sample_weights == nullptr ? 1 : batch.sample_weights[n];
-        for (int64_t p = 0; p < parts; ++p) sum[p] += weight * vector[p];
-      }
-    }
-  }
-}
-
-// Row-wise Adagrad: m += mean(g^2), w -= lr g / (sqrt(m) + eps); plain SGD without m.
-template <int LANES, int PARTS>
-void step(const Table& table, int64_t row, const float* gradient, float learning_rate, float eps) {
-  using Part = typename Lanes<LANES>::type;
-  const int64_t parts = PARTS != 0 ? PARTS : table.dim / LANES;
-  const Part* sum = reinterpret_cast<const Part*>(gradient);
-  float scale = learning_rate;
-  if (table.momentum != nullptr) {
-    Part squares = {};
-    for (int64_t p = 0; p < parts; ++p) squares += sum[p] * sum[p];
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += squares[lane];
-    const float momentum = table.momentum[row] += total / static_cast<float>(table.dim);
-    scale = learning_rate / (std::sqrt(momentum) + eps);
-  }
-  Part* weights = reinterpret_cast<Part*>(table.weights + row * table.dim);
-  for (int64_t p = 0; p < parts; ++p) weights[p] -= scale * sum[p];
-}
-
-template <int LANES, int PARTS>
-void backward(const Table& table, const Batch& batch, const float* gradient, float learning_rate, float eps) {
-  const int64_t dim = table.dim;
-  if (table.gradient != nullptr) {
-    add_gradients<LANES, PARTS>(table, batch, gradient, [&](int64_t row) { return table.gradient + row * dim; });
     return;
   }
-  static thread_local std::vector<float> sums;
-  static thread_local std::vector<uint8_t> occurs;
-  sums.assign(table.rows * dim, 0);
-  occurs.assign(table.rows, 0);
-  float* const first_sum = sums.data();
-  uint8_t* const first = occurs.data();
-  add_gradients<LANES, PARTS>(table, batch, gradient, [=](int64_t row) {
-    first[row] = 1;
-    return first_sum + row * dim;
-  });
-  for (int64_t row = 0; row < table.rows; ++row)
-    if (first[row]) step<LANES, PARTS>(table, row, first_sum + row * dim, learning_rate, eps);
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + AHEAD < left) __builtin_prefetch(assignments + ids[i + AHEAD] * width);
+    const Word* words = assignments + ids[i] * width;
+    for (int64_t s = 0; s < table.stored; ++s)
+      for (int64_t p = 0; p < shape.pieces(); ++p)
+        rows[i * stride + s * shape.pieces() + p] =
+            static_cast<uint32_t>(s * table.level_rows + words[pieces[p].column * table.stored + s]);
+  }
+}
+
+template <typename Shape>
+void hashed_rows(const Shape& shape, const Table& table, const Piece* pieces, const int64_t* ids, int64_t n,
+                 uint32_t* rows) {
+  constexpr int KNOWN = Shape::PIECES != 0 ? Shape::PIECES : 1;
+  using Words = typename Lanes<KNOWN>::words;
+  using Rows = typename Lanes<KNOWN>::rows;
+  const int64_t stride = shape.pieces() * shape.rows();
+  const uint64_t num_rows = table.hashed_rows, from = table.hashed_from, seed = table.coefficients[0];
+  for (int64_t h = 0; h < table.hashes; ++h)
+    for (int64_t first = 0; first < shape.pieces(); first += KNOWN) {
+      Words multipliers;
+      for (int64_t p = 0; p < KNOWN; ++p)
+        multipliers[p] = table.coefficients[1 + pieces[first + p].column * table.hashes + h];
+      uint32_t* out = rows + (table.stored + h) * shape.pieces() + first;
+      for (int64_t i = 0; i < n; ++i) {
+        const Words mixed = mix64(static_cast<uint64_t>(ids[i]) ^ seed) * multipliers;
+        const Words row = ((mixed >> 32) * num_rows >> 32) + from;
+        *reinterpret_cast<Rows*>(out + i * stride) = __builtin_convertvector(row, Rows);
+      }
+    }
+}
+
+template <typename Shape>
+void rows_of(const Shape& shape, const Table& table, const Piece* pieces, const int64_t* ids, int64_t n, int64_t left,
+             uint32_t* rows) {
+  if (table.assignments != nullptr) {
+    const auto stored = table.bytes == 1   ? stored_rows<Shape, uint8_t>
+                        : table.bytes == 2 ? stored_rows<Shape, int16_t>
+                                           : stored_rows<Shape, int32_t>;
+    stored(shape, table, pieces, ids, n, left, rows);
+  }
+  if (table.coefficients != nullptr) hashed_rows(shape, table, pieces, ids, n, rows);
+  if (table.assignments == nullptr && table.coefficients == nullptr)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t p = 0; p < shape.pieces(); ++p) rows[i * shape.pieces() + p] = static_cast<uint32_t>(ids[i]);
+}
+
+// Writes past the cache, where the processor can: an output that is larger than the cache is not read before it is full.
+template <int LANES>
+inline void stream(float* out, typename Lanes<LANES>::type lanes) {
+#ifdef __AVX512F__
+  if constexpr (LANES == 16) return _mm512_stream_ps(out, reinterpret_cast<const __m512&>(lanes));
+#endif
+#ifdef __AVX__
+  if constexpr (LANES == 8) return _mm256_stream_ps(out, reinterpret_cast<const __m256&>(lanes));
+#endif
+  *reinterpret_cast<typename Lanes<LANES>::type*>(out) = lanes;
+}
+
+// Whether all vectors of a table may be streamed: the output is large, and they are aligned in it.
+template <typename Shape>
+bool streams(const Table& table, const Piece* pieces, const Batch& batch, const float* out) {
+  if (batch.size * batch.width < LARGE) return false;
+  uint64_t places = reinterpret_cast<uint64_t>(out) / 4 | static_cast<uint64_t>(batch.width);
+  for (int64_t p = 0; p < table.num_pieces; ++p)
+    for (int64_t f = 0; f < table.num_features; ++f) places |= static_cast<uint64_t>(batch.outs[pieces[p].first_out + f]);
+  return places % Shape::LANES == 0;
+}
+
+// out = sum of the rows of a bag, of one piece, [ids][rows][pieces] from `rows` on.
+template <bool STREAMED, typename Shape>
+inline void pool_bag(const Shape& shape, const float* table, int64_t dim, const uint32_t* rows, int64_t n,
+                     const float* weights, float* out) {
+  using Part = typename Shape::Part;
+  constexpr int64_t AT_ONCE = Shape::PARTS != 0 ? Shape::PARTS : 1;
+  const int64_t stride = shape.pieces() * shape.rows();
+  for (int64_t d = 0; d < dim / Shape::LANES; d += AT_ONCE) {
+    Part sum[AT_ONCE] = {};
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t r = 0; r < shape.rows(); ++r) {
+        const Part* row = reinterpret_cast<const Part*>(table + rows[i * stride + r * shape.pieces()] * dim) + d;
+        const float weight = weights == nullptr ? 1 : weights[i];
+        for (int64_t a = 0; a < AT_ONCE; ++a) sum[a] += weight * row[a];
+      }
+    for (int64_t a = 0; a < AT_ONCE; ++a) {
+      float* place = out + (d + a) * Shape::LANES;
+      if constexpr (STREAMED)
+        stream<Shape::LANES>(place, sum[a]);
+      else
+        *reinterpret_cast<Part*>(place) = sum[a];
+    }
+  }
+}
+
+// Where the pieces of a table are, and the vectors that one of its features makes of them.
+template <typename Shape>
+struct Places {
+  PerPiece<Shape, const float*> weights;
+  PerPiece<Shape, int64_t> outs;
+  explicit Places(const Shape& shape) : weights(shape), outs(shape) {}
+};
+
+// Pools `count` bags, whose ids and rows begin at the first of `ends`.
+template <bool STREAMED, typename Shape>
+void pool_bags(const Shape& shape, Places<Shape>& places, const Piece* pieces, const Batch& batch, const int64_t* ends,
+               int64_t count, const uint32_t* rows, float* out) {
+  const int64_t stride = shape.pieces() * shape.rows();
+  for (int64_t b = 0; b < count; ++b, out += batch.width) {
+    const uint32_t* mine = rows + (ends[b] - ends[0]) * stride;
+    const int64_t ids = ends[b + 1] - ends[b];
+    const float* sample = batch.sample_weights == nullptr ? nullptr : batch.sample_weights + ends[b];
+    if constexpr (Shape::PIECES != 0 && Shape::ROWS != 0 && Shape::PARTS == 1)  // sums before stores: nothing waits
+      if (ids == 1 && sample == nullptr) {
+        typename Shape::Part sums[Shape::PIECES];
+        for (int64_t p = 0; p < Shape::PIECES; ++p) {
+          sums[p] = typename Shape::Part{};
+          for (int64_t r = 0; r < Shape::ROWS; ++r)
+            sums[p] += *reinterpret_cast<const typename Shape::Part*>(places.weights[p] +
+                                                                      mine[r * Shape::PIECES + p] * Shape::LANES);
+        }
+        for (int64_t p = 0; p < Shape::PIECES; ++p) {
+          if constexpr (STREAMED)
+            stream<Shape::LANES>(out + places.outs[p], sums[p]);
+          else
+            *reinterpret_cast<typename Shape::Part*>(out + places.outs[p]) = sums[p];
+        }
+        continue;
+      }
+    if (ids == 1 && sample == nullptr)  // as most often, and known to the compiler
+      for (int64_t p = 0; p < shape.pieces(); ++p)
+        pool_bag<STREAMED>(shape, places.weights[p], shape.dim(pieces[p]), mine + p, 1, nullptr, out + places.outs[p]);
+    else
+      for (int64_t p = 0; p < shape.pieces(); ++p)
+        pool_bag<STREAMED>(shape, places.weights[p], shape.dim(pieces[p]), mine + p, ids, sample, out + places.outs[p]);
+  }
+}
+
+// Brings a codebook into the cache in order, which is faster than row by row.
+void sweep(const Piece& piece) {
+  const char* weights = reinterpret_cast<const char*>(piece.weights);
+  for (int64_t byte = 0; byte < piece.rows * piece.dim * 4; byte += LINE) __builtin_prefetch(weights + byte);
+}
+
+// The pooled vectors of bags [first, end) of every feature of a table; `kept`: where its rows are written to, or null.
+template <typename Shape>
+void pool(const Table& table, const Piece* pieces, const Batch& batch, int64_t first, int64_t end, uint32_t* kept,
+          float* out) {
+  const Shape shape(table, table.num_pieces);
+  const int64_t stride = shape.pieces() * shape.rows(), begin = batch.offsets[table.first_feature * batch.size];
+  const bool streamed = streams<Shape>(table, pieces, batch, out);
+  std::vector<uint32_t> scratch;
+  Places<Shape> places(shape);
+  for (int64_t f = 0; f < table.num_features; ++f) {
+    const int64_t* ends = batch.offsets + (table.first_feature + f) * batch.size;
+    for (int64_t p = 0; p < shape.pieces(); ++p) {
+      places.weights[p] = pieces[p].weights;
+      places.outs[p] = batch.outs[pieces[p].first_out + f];
+      if (ends[end] - ends[first] >= pieces[p].rows) sweep(pieces[p]);
+    }
+    for (int64_t start = first; start < end; start += BAGS) {
+      const int64_t stop = std::min(start + BAGS, end), at = ends[start], n = ends[stop] - at;
+      if (kept == nullptr && static_cast<int64_t>(scratch.size()) < n * stride) scratch.resize(n * stride);
+      uint32_t* rows = kept != nullptr ? kept + (at - begin) * stride : scratch.data();
+      rows_of(shape, table, pieces, batch.ids + at, n, ends[end] - at, rows);
+      const auto pool_them = streamed ? pool_bags<true, Shape> : pool_bags<false, Shape>;
+      pool_them(shape, places, pieces, batch, ends + start, stop - start, rows, out + start * batch.width);
+    }
+  }
+#ifdef __AVX__
+  _mm_sfence();  // whoever reads the output next sees what was streamed
+#endif
+}
+
+// sums[p] [rows, dim] += the gradients of the vectors that its rows are part of.
+template <typename Shape>
+void add_gradients(const Shape& shape, const Table& table, const Piece* pieces, const Batch& batch, const uint32_t* rows,
+                   const float* gradient, float* const* sums) {
+  using Part = typename Shape::Part;
+  const int64_t stride = shape.between * shape.rows(), begin = batch.offsets[table.first_feature * batch.size];
+  PerPiece<Shape, int64_t> outs(shape);
+  PerPiece<Shape, float*> sum_of(shape);
+  for (int64_t p = 0; p < shape.pieces(); ++p) sum_of[p] = sums[p];
+  for (int64_t f = 0; f < table.num_features; ++f) {
+    const int64_t* ends = batch.offsets + (table.first_feature + f) * batch.size;
+    for (int64_t p = 0; p < shape.pieces(); ++p) outs[p] = batch.outs[pieces[p].first_out + f];
+    for (int64_t b = 0; b < batch.size; ++b) {
+      const float* vectors = gradient + b * batch.width;
+      for (int64_t p = 0; p < shape.pieces(); ++p)
+        for (int64_t d = -(outs[p] % (LINE / 4)) & (LINE / 4 - 1); d < shape.dim(pieces[p]); d += LINE / 4)
+          __builtin_prefetch(vectors + BAGS_AHEAD * batch.width + outs[p] + d);
+      for (int64_t n = ends[b]; n < ends[b + 1]; ++n) {
+        const float weight = batch.sample_weights == nullptr ? 1 : batch.sample_weights[n];
+        const uint32_t* mine = rows + (n - begin) * stride;
+        for (int64_t p = 0; p < shape.pieces(); ++p) {
+          const int64_t dim = shape.dim(pieces[p]);
+          const Part* vector = reinterpret_cast<const Part*>(vectors + outs[p]);
+          for (int64_t r = 0; r < shape.rows(); ++r) {
+            Part* sum = reinterpret_cast<Part*>(sum_of[p] + mine[r * shape.between + p] * dim);
+            for (int64_t d = 0; d < dim / Shape::LANES; ++d) sum[d] += weight * vector[d];
+          }
+        }
+      }
+    }
+  }
+}
+
+// Row-wise Adagrad: m += mean(g^2), w -= lr g / (sqrt(m) + eps); plain SGD without m. Rows without a gradient stay as they
+// are. The gradient is 0 afterwards.
+template <typename Shape>
+void step(const Shape& shape, const Piece& piece, float* gradient, const Step& settings) {
+  using Part = typename Shape::Part;
+  const int64_t dim = shape.dim(piece), parts = dim / Shape::LANES;
+  for (int64_t row = 0; row < piece.rows; ++row) {
+    Part* sum = reinterpret_cast<Part*>(gradient + row * dim);
+    Part squares = {};
+    for (int64_t p = 0; p < parts; ++p) squares += sum[p] * sum[p];
+    const float square = total<Shape::LANES>(squares);
+    if (square == 0) continue;
+    float scale = settings.learning_rate;
+    if (piece.momentum != nullptr)
+      scale /= std::sqrt(piece.momentum[row] += square / static_cast<float>(dim)) + settings.eps;
+    Part* weights = reinterpret_cast<Part*>(piece.weights + row * dim);
+    for (int64_t p = 0; p < parts; ++p) {
+      weights[p] -= scale * sum[p];
+      sum[p] = Part{};
+    }
+  }
+}
+
+// Floats that are 0 at first, in huge pages where the system has some: rows are touched in no order.
+class HugeBuffer {
+ public:
+  ~HugeBuffer() { std::free(floats_); }
+  float* floats(int64_t count) {
+    if (count > size_) {
+      std::free(floats_);
+      size_ = (count + PAGE / 4 - 1) / (PAGE / 4) * (PAGE / 4);
+      floats_ = static_cast<float*>(std::aligned_alloc(PAGE, size_ * 4));
+      if (floats_ == nullptr) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+      madvise(floats_, size_ * 4, MADV_HUGEPAGE);
+#endif
+      std::memset(floats_, 0, size_ * 4);
+    }
+    return floats_;
+  }
+
+ private:
+  static constexpr int64_t PAGE = 1 << 21;
+  float* floats_ = nullptr;
+  int64_t size_ = 0;
+};
+
+template <typename Shape>
+void backward(const Table& table, const Piece* pieces, int64_t count, const Batch& batch, const uint32_t* rows, const float* gradient,
+              const Step& settings) {
+  const Shape shape(table, count);
+  static thread_local HugeBuffer buffer;  // 0 wherever no step is under way
+  int64_t size = 0;
+  std::vector<float*> sums;
+  for (int64_t p = 0; p < shape.pieces(); ++p) size += pieces[p].rows * pieces[p].dim;
+  float* next = settings.gradient == nullptr ? buffer.floats(size) : nullptr;
+  for (int64_t p = 0; p < shape.pieces(); ++p) {
+    sums.push_back(settings.gradient != nullptr ? settings.gradient + pieces[p].start : next);
+    if (next != nullptr) next += pieces[p].rows * pieces[p].dim;
+  }
+  add_gradients(shape, table, pieces, batch, rows, gradient, sums.data());
+  if (settings.gradient != nullptr) return;
+  for (int64_t p = 0; p < shape.pieces(); ++p) step(shape, pieces[p], sums[p], settings);
+}
+
+template <typename Shape>
+struct Tag {
+  using type = Shape;
+};
+
+template <int PIECES, int ROWS, typename Work>
+bool with_dim(int64_t dim, const Work& work) {
+  if (dim == 4) return work(Tag<Shape<PIECES, ROWS, 4, 1>>{}), true;
+  if (dim == 8) return work(Tag<Shape<PIECES, ROWS, 8, 1>>{}), true;
+  if (dim == 16) return work(Tag<Shape<PIECES, ROWS, 16, 1>>{}), true;
+  if (dim == 32) return work(Tag<Shape<PIECES, ROWS, 16, 2>>{}), true;
+  if (dim == 64) return work(Tag<Shape<PIECES, ROWS, 16, 4>>{}), true;
+  return false;
+}
+
+// Calls work with what the compiler knows of `count` pieces of a table.
+template <typename Work>
+void with_shape(const Table& table, const Piece* pieces, int64_t count, const Work& work) {
+  const int64_t dim = pieces[0].dim, rows = table.rows_per_piece();
+  bool equal = true, fours = true;
+  for (int64_t p = 0; p < count; ++p) equal &= pieces[p].dim == dim, fours &= pieces[p].dim % 4 == 0;
+  if (equal) {
+    if (count == 4 && rows == 2 && with_dim<4, 2>(dim, work)) return;
+    if (count == 8 && rows == 2 && with_dim<8, 2>(dim, work)) return;
+    if (count == 1 && rows == 1 && with_dim<1, 1>(dim, work)) return;
+    if (with_dim<0, 0>(dim, work)) return;
+  }
+  fours ? work(Tag<Shape<0, 0, 4, 0>>{}) : work(Tag<Shape<0, 0, 1, 0>>{});
+}
+
+// Whether every id of a table has assignments, or is a row.
+bool all_inside(const Table& table, const Batch& batch) {
+  if (table.num_ids < 0) return true;
+  const int64_t* bags = batch.offsets + table.first_feature * batch.size;
+  uint64_t outside = 0;
+  for (int64_t n = bags[0]; n < bags[table.num_features * batch.size]; ++n)
+    outside |= static_cast<uint64_t>(batch.ids[n]) - static_cast<uint64_t>(table.first_id) >=
+               static_cast<uint64_t>(table.num_ids);
+  return outside == 0;
+}
+
+// Where the kept rows of each table begin.
+std::vector<int64_t> kept_starts(const Tables& tables, const Batch& batch) {
+  std::vector<int64_t> starts;
+  int64_t next = 0;
+  for (int64_t t = 0; t < tables.num_tables; ++t) {
+    const Table& table = tables.tables[t];
+    const int64_t* bags = batch.offsets + table.first_feature * batch.size;
+    starts.push_back(next);
+    next += (bags[table.num_features * batch.size] - bags[0]) * table.num_pieces * table.rows_per_piece();
+  }
+  return starts;
+}
+
+// In how many parts a table is worked on, so that there is something to do for all threads.
+int64_t parts_of_a_table(const Tables& tables, int64_t threads, int64_t most) {
+  const int64_t wanted = threads == 1 ? 1 : (2 * threads + tables.num_tables - 1) / tables.num_tables;
+  return std::max<int64_t>(1, std::min(wanted, most));
 }
 
 }  // namespace
 
 extern "C" {
 
-// out [size, width] = pooled rows. Returns whether every index is a row of its table; `out` is undefined where not.
-int cce_lookup(const Table* tables, int64_t num_tables, const Batch* batch, float* out, int64_t threads) {
+// out [size, width] = pooled vectors; `kept` gets the rows of every id, or is null. Returns whether every id is inside its
+// table; nothing is looked up where not.
+int cce_lookup(const Tables* tables, const Batch* batch, uint32_t* kept, float* out, int64_t threads) {
   std::atomic<bool> fine{true};
-  share(num_tables, threads, [&](int64_t t) {
-    const Table& table = tables[t];
-    const auto run = table.dim == 4       ? pool<4, 1>
-                     : table.dim == 8     ? pool<8, 1>
-                     : table.dim == 16    ? pool<16, 1>
-                     : table.dim == 32    ? pool<16, 2>
-                     : table.dim == 64    ? pool<16, 4>
-                     : table.dim % 4 == 0 ? pool<4, 0>
-                                          : pool<1, 0>;
-    if (!run(table, *batch, out)) fine = false;
+  share(tables->num_tables, threads, [&](int64_t t) {
+    if (!all_inside(tables->tables[t], *batch)) fine = false;
   });
-  return fine;
+  if (!fine) return 0;
+  const std::vector<int64_t> starts = kept_starts(*tables, *batch);
+  const int64_t parts = parts_of_a_table(*tables, threads, (batch->size + BAGS - 1) / BAGS);
+  const int64_t bags = (batch->size + parts - 1) / parts;
+  share(tables->num_tables * parts, threads, [&](int64_t i) {
+    const Table& table = tables->tables[i / parts];
+    const Piece* pieces = tables->pieces + table.first_piece;
+    const int64_t first = std::min(i % parts * bags, batch->size), end = std::min(first + bags, batch->size);
+    with_shape(table, pieces, table.num_pieces, [&](auto tag) {
+      pool<typename decltype(tag)::type>(table, pieces, *batch, first, end, kept ? kept + starts[i / parts] : nullptr, out);
+    });
+  });
+  return 1;
 }
 
-// Steps every row that was looked up, or adds to the tables' gradients, given that of the output [size, width].
-void cce_lookup_backward(const Table* tables, int64_t num_tables, const Batch* batch, const float* gradient,
-                         float learning_rate, float eps, int64_t threads) {
-  share(num_tables, threads, [&](int64_t t) {
-    const Table& table = tables[t];
-    const auto run = table.dim == 4       ? backward<4, 1>
-                     : table.dim == 8     ? backward<8, 1>
-                     : table.dim == 16    ? backward<16, 1>
-                     : table.dim == 32    ? backward<16, 2>
-                     : table.dim == 64    ? backward<16, 4>
-                     : table.dim % 4 == 0 ? backward<4, 0>
-                                          : backward<1, 0>;
-    run(table, *batch, gradient, learning_rate, eps);
+// Steps every row that was looked up, or adds to the gradients of pieces, given that of the output [size, width].
+void cce_lookup_backward(const Tables* tables, const Batch* batch, const uint32_t* kept, const float* gradient,
+                         const Step* settings, int64_t threads) {
+  const std::vector<int64_t> starts = kept_starts(*tables, *batch);
+  int64_t most = 1;
+  for (int64_t t = 0; t < tables->num_tables; ++t) most = std::max(most, tables->tables[t].num_pieces);
+  const int64_t parts = parts_of_a_table(*tables, threads, most);
+  share(tables->num_tables * parts, threads, [&](int64_t i) {
+    const Table& table = tables->tables[i / parts];
+    const Piece* pieces = tables->pieces + table.first_piece;
+    const int64_t some = (table.num_pieces + parts - 1) / parts, first = std::min(i % parts * some, table.num_pieces);
+    const int64_t count = std::min(some, table.num_pieces - first);
+    if (count == 0) return;
+    with_shape(table, pieces + first, count, [&](auto tag) {
+      backward<typename decltype(tag)::type>(table, pieces + first, count, *batch, kept + starts[i / parts] + first, gradient,
+                                             *settings);
+    });
   });
 }
 

@@ -3,21 +3,12 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "hashing.h"
+
 namespace {
 
 constexpr int64_t BLOCK = 512;  // ids whose mixed words are held at a time: 4 KiB
 constexpr int64_t AHEAD = 48;   // ids whose assignments are on their way from memory
-
-// As mix64 of hashing.py.
-inline uint64_t mix64(uint64_t word) {
-  word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9u;
-  word = (word ^ (word >> 27)) * 0x94D049BB133111EBu;
-  return word ^ (word >> 31);
-}
-
-inline int64_t hashed(uint64_t mixed, uint64_t multiplier, uint64_t num_rows) {
-  return static_cast<int64_t>((((mixed * multiplier) >> 32) * num_rows) >> 32);
-}
 
 bool all_inside(const int64_t* ids, int64_t n, int64_t first, int64_t count) {
   uint64_t outside = 0;
@@ -55,7 +46,8 @@ void assigned_rows(const int64_t* ids, int64_t n, const Word* assignments, int64
       const uint64_t multiplier = static_cast<uint64_t>(coefficients[1 + c]);
       for (int64_t i = 0; i < size; ++i) {
         rows[2 * i] = mine[i];
-        rows[2 * i + 1] = hashed(mixed[i], multiplier, static_cast<uint64_t>(num_hashed)) + hashed_from;
+        rows[2 * i + 1] =
+            static_cast<int64_t>(hashed(mixed[i], multiplier, static_cast<uint64_t>(num_hashed))) + hashed_from;
       }
     }
   }
@@ -76,7 +68,7 @@ void cce_hashed_rows(const int64_t* ids, int64_t n, int64_t columns, const int64
       if (out[c] == nullptr) continue;
       const uint64_t multiplier = static_cast<uint64_t>(coefficients[1 + c]);
       for (int64_t i = 0; i < size; ++i)
-        out[c][start + i] = hashed(mixed[i], multiplier, static_cast<uint64_t>(num_hashed));
+        out[c][start + i] = static_cast<int64_t>(hashed(mixed[i], multiplier, static_cast<uint64_t>(num_hashed)));
     }
   }
 }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from cce_torchrec.native import library
-from cce_torchrec.native.lookup import NativeLookup, use_native_lookups
+from cce_torchrec.native.rows_lookup import NativeForward, use_native_lookups
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler on this machine")
 
@@ -159,7 +159,7 @@ def test_a_batch_that_is_small_for_the_tables_is_left_to_fbgemm() -> None:
     tbe = fused(DIMS[0])
     use_native_lookups(tbe)
     indices, offsets, _ = bags(tbe, 0, size=1)
-    assert isinstance(tbe.forward, NativeLookup)
+    assert isinstance(tbe.forward, NativeForward)
     tbe.forward._fallback = lambda *args, **others: "left to FBGEMM"  # type: ignore[assignment, return-value]
     assert len(indices) * 2 < 43
     assert tbe(indices, offsets) == "left to FBGEMM"
