@@ -39,7 +39,7 @@ from cce_torchrec.planner import (
     CompressedStorageReservation,
     parameter_constraints,
 )
-from cce_torchrec.recluster import ReclusterSchedule
+from cce_torchrec.recluster import ReclusterSchedule, record_gradients
 from cce_torchrec.recluster.step import Collection, check_sharders, reclusterable_tables
 from cce_torchrec.replace import with_method
 from cce_torchrec.swap.config import SwapConfig
@@ -205,7 +205,9 @@ class _Reclusterer:
             return
         if self._swap.take_step() and self._is_running:
             self._completed += 1
-            if self._schedule.is_due(self._completed) and not self._is_late():
+            if not self._schedule.is_due(self._completed):
+                record_gradients(model, on=self._schedule.records(self._completed))
+            elif not self._is_late():
                 self._recluster(model)
         self._is_running = True
 
