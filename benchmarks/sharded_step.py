@@ -43,7 +43,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from benchmarks.harness import RESULTS, Spread, markdown_table, provenance, ratio, take_turns, write_results
 from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
-from cce_torchrec.methods.cce import smallest_int_dtype
+from cce_torchrec.methods.encoding import smallest_int_dtype
 
 NAME = "sharded_step"
 

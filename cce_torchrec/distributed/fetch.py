@@ -25,6 +25,7 @@ from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.methods.encoding import smallest_int_dtype
 from cce_torchrec.rewrite import RowRewriter, select_features
 
 
@@ -104,8 +105,8 @@ class FetchGroup:
         self._tables = [table for table in rewriter.tables if has_sharded_assignments(table.config)]
         self._maps = [_row_map(table) for table in self._tables]
         self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self._tables]
-        self._width = max(row_map.assignments.shape[1] for row_map in self._maps)
-        self._dtype = max((row_map.assignments.dtype for row_map in self._maps), key=lambda dtype: dtype.itemsize)
+        self._width = max(row_map.assignments_per_id for row_map in self._maps)
+        self._dtype = smallest_int_dtype(max(row_map.num_values for row_map in self._maps))
         self._sizes = [len(table.config.feature_names) for table in self._tables]
         self._features = [feature for table in self._tables for feature in table.config.feature_names]
         blocks = [-(-table.config.num_embeddings // env.world_size) for table in self._feature_tables()]
@@ -141,7 +142,7 @@ class FetchGroup:
         answers_nc = self._exchange(self._answers(received, counts_FW), counts_FW.sum(0), context.asked_W)
         answers_nc = answers_nc.index_select(0, context.places_n)
         assigned = {
-            table.name: (ids_n, rows_nc[:, : row_map.assignments.shape[1]])
+            table.name: (ids_n, rows_nc[:, : row_map.assignments_per_id])
             for table, row_map, ids_n, rows_nc in zip(
                 self._tables, self._maps, context.ids, answers_nc.split([len(ids) for ids in context.ids]), strict=True
             )
@@ -155,7 +156,7 @@ class FetchGroup:
         per_table = [sum(part) for part in _cut(received.length_per_key(), self._sizes)]
         pieces = zip(self._maps, ids_n.split(per_table), answers_nc.split(per_table), strict=True)
         for row_map, table_ids_n, out_nc in pieces:
-            out_nc[:, : row_map.assignments.shape[1]] = row_map.assigned(table_ids_n)
+            out_nc[:, : row_map.assignments_per_id] = row_map.assigned(table_ids_n)
         by_feature = answers_nc.split(counts_FW.flatten().tolist())  # they came feature by feature, rank by rank
         ranks = counts_FW.shape[1]
         return torch.cat([part for rank in range(ranks) for part in by_feature[rank::ranks]])

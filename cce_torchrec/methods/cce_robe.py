@@ -16,7 +16,7 @@ from cce_torchrec.methods.base import (
     default_num_columns,
     id_chunks,
 )
-from cce_torchrec.methods.cce import smallest_int_dtype
+from cce_torchrec.methods.encoding import smallest_int_dtype
 from cce_torchrec.methods.flat_memory import (
     budget_cells,
     check_cells,

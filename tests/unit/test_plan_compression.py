@@ -25,7 +25,7 @@ from cce_torchrec import (
     recluster,
 )
 from cce_torchrec.methods import CE, MethodConfig
-from cce_torchrec.methods.cce import smallest_int_dtype
+from cce_torchrec.methods.encoding import smallest_int_dtype
 from cce_torchrec.planner.expected_loss import expected_loss
 from cce_torchrec.planner.footprint import Devices, footprint
 from cce_torchrec.planner.traffic import Traffic
