@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from cce_torchrec import (
     compress,
     recluster,
 )
+from cce_torchrec.memory import stored_bytes
 from cce_torchrec.methods import FullTable, MethodConfig
 
 FEATURES = ("user", "item")
@@ -50,6 +51,7 @@ class Settings:
         recluster_stop: as a fraction of ``epochs``.
         optimizer_state: of re-clustered rows.
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
+        warm_part: which part of a table's ids have stored assignments, those of the largest weights; ``None`` for all.
     """
 
     dataset: str
@@ -66,6 +68,7 @@ class Settings:
     recluster_stop: float = ReclusterSchedule.stop_after_fraction
     optimizer_state: Literal["reset", "carry"] = ReclusterConfig.optimizer_state
     id_weights: Literal["ones", "counts", "roots"] = "ones"
+    warm_part: float | None = None
     dim: int = 32
     batch_size: int = 4096
     learning_rate: float = 1e-3
@@ -101,6 +104,8 @@ def methods_of(settings: Settings, sizes: tuple[int, int]) -> list[MethodConfig]
     for size, budget in zip(sizes, budgets(settings, sizes), strict=True):
         if settings.helper_part is not None:
             options["num_helper_rows"] = max(1, round(budget // settings.dim * settings.helper_part))
+        if settings.warm_part is not None:
+            options["num_assigned_ids"] = max(1, round(size * settings.warm_part))
         methods.append(method.from_budget(size, settings.dim, budget, **options))
     return methods
 
@@ -119,6 +124,12 @@ def tables_of(
         )
         for feature, size, method in zip(FEATURES, sizes, methods, strict=True)
     ]
+
+
+def packed_bytes(settings: Settings, sizes: tuple[int, int], methods: list[MethodConfig]) -> int:
+    """All bytes, were assignments stored as bits."""
+    packed = [replace(method, bit_packed=True) if hasattr(method, "bit_packed") else method for method in methods]
+    return sum(stored_bytes(method, size, settings.dim) for method, size in zip(packed, sizes, strict=True))
 
 
 def as_ids(rows: Rows) -> KeyedJaggedTensor:
@@ -182,6 +193,7 @@ def run(settings: Settings, clicks: Clicks) -> dict[str, Any]:
         "params": sizes_report.num_params,
         "codebook_bytes": sizes_report.codebook_bytes,
         "total_bytes": sizes_report.codebook_bytes + sizes_report.assignment_bytes,
+        "packed_bytes": packed_bytes(settings, sizes, methods),
         "reclusterings": reclusterings,
         "seconds": round(time.perf_counter() - started, 2),
     }

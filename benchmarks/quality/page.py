@@ -1,16 +1,15 @@
 """The page of results: tables and plots of finished runs."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS, markdown_table
 from benchmarks.quality import plans
-from benchmarks.quality.gmf import Settings
-from benchmarks.quality.store import Record, key_of
+from benchmarks.quality.store import Record, found
 
 TITLES = {"ml-100k": "MovieLens-100K", "gowalla": "Gowalla"}
 SIZES = {"params": "params", "total_bytes": "bytes, assignments counted"}
@@ -35,13 +34,6 @@ class Point:
         """Mean ± standard deviation."""
         values = [run[name] for run in self.runs]
         return f"{self.mean(name):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
-
-
-def found(runs: Sequence[Record], settings: Callable[[int], Settings]) -> list[Record]:
-    """The runs of the seeds that are there."""
-    by_settings = {key_of(run["settings"]): run for run in runs if "does_not_fit" not in run}
-    keys = [key_of(asdict(settings(seed))) for seed in plans.SEEDS]
-    return [by_settings[key] for key in keys if key in by_settings]
 
 
 def points(runs: Sequence[Record], dataset: str) -> dict[str, list[Point]]:

@@ -1,7 +1,7 @@
 """Finished runs: a file of JSON lines that grows, and the JSON file that is published."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from benchmarks.harness import RESULTS, ROOT, provenance
 from benchmarks.quality.data import load
 from benchmarks.quality.gmf import Settings, run
+from benchmarks.quality.plans import SEEDS
 
 Record = Mapping[str, Any]
 NEW_RUNS = ROOT / "runs" / "quality.jsonl"
@@ -20,13 +21,22 @@ PUBLISHED = RESULTS / "quality.json"
 
 def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
     """All finished runs: those published, then new ones; each once."""
-    found: list[Record] = []
+    made: list[Record] = []
     if published.exists():
         content = json.loads(published.read_text())
-        found += [{**record, "made_by": content["made_by"][record["made_by"]]} for record in content["runs"]]
+        made += [{**record, "made_by": content["made_by"][record["made_by"]]} for record in content["runs"]]
     if path.exists():
-        found += [json.loads(line) for line in path.read_text().splitlines()]
-    return list({key_of(record["settings"]): record for record in found}.values())
+        made += [json.loads(line) for line in path.read_text().splitlines()]
+    # Settings that did not exist then are at their defaults.
+    made = [{**record, "settings": asdict(Settings(**record["settings"]))} for record in made]
+    return list({key_of(record["settings"]): record for record in made}.values())
+
+
+def found(runs: Sequence[Record], settings: Callable[[int], Settings]) -> list[Record]:
+    """The runs of the seeds that are there."""
+    by_settings = {key_of(run["settings"]): run for run in runs if "does_not_fit" not in run}
+    keys = [key_of(asdict(settings(seed))) for seed in SEEDS]
+    return [by_settings[key] for key in keys if key in by_settings]
 
 
 def publish(runs: list[Record], path: Path = PUBLISHED) -> None:

@@ -104,7 +104,7 @@ class FetchGroup:
         self._rewrite, self._process_group = rewriter, env.process_group
         self._tables = [table for table in rewriter.tables if has_sharded_assignments(table.config)]
         self._maps = [_row_map(table) for table in self._tables]
-        self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self._tables]
+        self._checks = [BoundsCheck(table.config, mode) for table in self._tables]
         self._width = max(row_map.assignments_per_id for row_map in self._maps)
         self._dtype = smallest_int_dtype(max(row_map.num_values for row_map in self._maps))
         self._sizes = [len(table.config.feature_names) for table in self._tables]

@@ -202,6 +202,10 @@ class AssignedRowMap(RowMap):
         self.warm_ids[:free], self.warm_ids[free:] = _NO_ID, ids_N
         self.assignments[:free], self.assignments[free:] = 0, stored_NW
 
+    @property
+    def can_grow(self) -> bool:
+        return True
+
     def grow(self, num_embeddings: int) -> None:
         before = self.num_embeddings
         self.num_embeddings = num_embeddings
