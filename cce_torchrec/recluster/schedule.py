@@ -1,11 +1,12 @@
 """When to re-cluster: a few times, evenly, and not towards the end."""
 
 import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cce_torchrec.methods.base import check_positive
@@ -74,7 +75,13 @@ class ReclusterSchedule:
         return completed_steps in self.steps
 
     def step(
-        self, completed_steps: int, module: nn.Module, *, optimizer: Optimizer | None = None, process_group: Any = None
+        self,
+        completed_steps: int,
+        module: nn.Module,
+        *,
+        optimizer: Optimizer | None = None,
+        process_group: Any = None,
+        id_weights: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> ReclusterReport | None:
         """Re-cluster if it is due; collective where ``module`` is sharded.
 
@@ -83,6 +90,8 @@ class ReclusterSchedule:
             module: as for :func:`recluster`.
             optimizer: as for :func:`recluster`.
             process_group: as for :func:`recluster`.
+            id_weights: what returns those of :func:`recluster`; called where it is due, on all ranks, such as
+                ``IdCounter.id_weights``.
 
         Returns:
             The report, or ``None`` where nothing was due.
@@ -95,6 +104,7 @@ class ReclusterSchedule:
             config=self.config,
             process_group=process_group,
             optimizer=optimizer,
+            id_weights=id_weights() if id_weights is not None else None,
         )
         logger.info("Re-clustered after step %d of %s:\n%s", completed_steps, self.total_steps or "?", report)
         return report

@@ -75,7 +75,7 @@ def recluster(
     Paper: Tsang & Ahle, "Clustering the Sketch", NeurIPS 2023, arXiv 2210.05974, algorithm 3.
     """
     config = config or ReclusterConfig()
-    collections = [found for found in module.modules() if isinstance(found, Collection)]
+    collections = collections_of(module)
     _check(module, collections, id_weights or {})
     reports = []
     commits = []
@@ -104,6 +104,11 @@ def recluster(
     for decoded, new_one in new_windows:
         _commit_windows(decoded, new_one, optimizer)
     return ReclusterReport(tables=tuple(reports))
+
+
+def collections_of(module: nn.Module) -> list[Collection]:
+    """The compressed collections in a model, sharded or not."""
+    return [found for found in module.modules() if isinstance(found, Collection)]
 
 
 def reclusterable_tables(collection: Collection) -> Iterator[Table]:
