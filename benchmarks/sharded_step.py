@@ -43,6 +43,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from benchmarks.harness import RESULTS, Spread, markdown_table, provenance, ratio, take_turns, write_results
 from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
+from cce_torchrec.methods.assignments import AssignmentStorage
 from cce_torchrec.methods.encoding import smallest_int_dtype
 
 NAME = "sharded_step"
@@ -72,6 +73,7 @@ class Way:
     sharding_type: str
     base: str | None = None
     by_id: bool = False
+    storage: AssignmentStorage = AssignmentStorage()  # of compressed ones
 
 
 WAYS = {
@@ -111,7 +113,7 @@ def build(way: Way, sizes: Sizes) -> DistributedModelParallel:
     ]
     collection: CompressedEmbeddingBagCollection | EmbeddingBagCollection
     if way.compressed:
-        method = CCE(num_rows=sizes.num_rows, num_columns=sizes.num_columns)
+        method = CCE(num_rows=sizes.num_rows, num_columns=sizes.num_columns, **vars(way.storage))
         placement = "sharded" if way.by_id else "replicated"
         configs = [CompressedEmbeddingBagConfig(**c, method=method, assignment_placement=placement) for c in common]
         collection = CompressedEmbeddingBagCollection(configs, device=meta)
