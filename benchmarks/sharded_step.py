@@ -21,7 +21,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Way:
     sharding_type: str
     base: str | None = None
     by_id: bool = False
-    storage: AssignmentStorage = AssignmentStorage()  # of compressed ones
+    storage: AssignmentStorage = field(default_factory=AssignmentStorage)  # of compressed ones
 
 
 WAYS = {
