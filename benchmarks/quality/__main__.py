@@ -12,7 +12,7 @@ import argparse
 from benchmarks.quality import plans, pointers
 from benchmarks.quality.data import DATASETS
 from benchmarks.quality.page import TITLES, write_page
-from benchmarks.quality.store import publish, records, run_missing
+from benchmarks.quality.store import POINTERS, publish, records, run_missing
 
 
 def main() -> None:
@@ -28,10 +28,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
     args = parser.parse_args()
     if args.what == "page":
-        runs = records()
+        runs = [run for run in records() if not pointers.is_of_grid(run)]
         publish(runs)
         write_page(runs)
-        pointers.write_page(runs, TITLES)
+        pointers.write_page([run for run in records(published=POINTERS) if pointers.is_of_grid(run)], TITLES)
         return
     if args.what == "run":
         plan = plans.reported(args.dataset, args.methods, args.params or plans.BUDGETS[args.dataset], args.seeds)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.harness import RESULTS, markdown_table
 from benchmarks.quality import plans
 from benchmarks.quality.gmf import Settings
-from benchmarks.quality.store import Record, found
+from benchmarks.quality.store import POINTERS, Record, found, publish
 
 COLUMNS = (4, 8, 16)
 WARM_PARTS = (None, 0.5, 0.25, 0.1)
@@ -42,6 +42,14 @@ def settings(dataset: str, params: int, num_columns: int, warm_part: float | Non
         id_weights="counts",
         warm_part=warm_part,
     )
+
+
+def is_of_grid(run: Record) -> bool:
+    """Whether it was made for this page."""
+    made = Settings(**run["settings"])
+    if made.dataset not in PARAMS or made.params is None or set(made.options) != {"num_columns"}:
+        return False
+    return made == settings(made.dataset, made.params, made.options["num_columns"], made.warm_part, made.seed)
 
 
 class Cell(NamedTuple):
@@ -120,7 +128,7 @@ HEADER = ("bytes in all", "params", "columns", "ids with assignments", "stored a
 
 
 def write_page(runs: Sequence[Record], titles: dict[str, str]) -> None:
-    """``pointers.md`` and a plot a data set."""
+    """``pointers.{json,md}`` and a plot a data set."""
     sections = []
     for dataset, title in titles.items():
         everything = cells(runs, dataset)
@@ -133,7 +141,10 @@ def write_page(runs: Sequence[Record], titles: dict[str, str]) -> None:
                 f"## {title}\n\n![BCE against bytes]({plot})\n\nNone is better in as many bytes:\n\n{best}\n\nAll:\n\n{table}"
             )
     if sections:
-        (RESULTS / "pointers.md").write_text(PAGE.format(sections="\n\n".join(sections)))
+        publish(list(runs), POINTERS)
+        facts = {f"{r['made_by']['commit']} on {r['made_by']['hardware']}, torch {r['made_by']['torch']}" for r in runs}
+        made_by = "\n".join(f"* {fact}" for fact in sorted(facts))
+        (RESULTS / "pointers.md").write_text(PAGE.format(sections="\n\n".join(sections), made_by=made_by))
 
 
 PAGE = """# Which bytes are worth having?
@@ -152,4 +163,8 @@ python -m benchmarks.quality pointers --dataset gowalla --gowalla gowalla.zip --
 python -m benchmarks.quality pointers --dataset ml-100k --jobs 2
 python -m benchmarks.quality page
 ```
+
+The last line writes this page from [`pointers.json`](pointers.json) and new runs. Made by commit
+
+{made_by}
 """

@@ -17,24 +17,23 @@ from benchmarks.quality.plans import SEEDS
 Record = Mapping[str, Any]
 NEW_RUNS = ROOT / "runs" / "quality.jsonl"
 PUBLISHED = RESULTS / "quality.json"
+POINTERS = RESULTS / "pointers.json"
 
 
 def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
-    """All finished runs: those published, then new ones; each once."""
+    """All finished runs: those published there, then new ones; each once."""
     made: list[Record] = []
     if published.exists():
         content = json.loads(published.read_text())
         made += [{**record, "made_by": content["made_by"][record["made_by"]]} for record in content["runs"]]
     if path.exists():
         made += [json.loads(line) for line in path.read_text().splitlines()]
-    # Settings that did not exist then are at their defaults.
-    made = [{**record, "settings": asdict(Settings(**record["settings"]))} for record in made]
-    return list({key_of(record["settings"]): record for record in made}.values())
+    return list({key_of_settings(record): record for record in made}.values())
 
 
 def found(runs: Sequence[Record], settings: Callable[[int], Settings]) -> list[Record]:
     """The runs of the seeds that are there."""
-    by_settings = {key_of(run["settings"]): run for run in runs if "does_not_fit" not in run}
+    by_settings = {key_of_settings(run): run for run in runs if "does_not_fit" not in run}
     keys = [key_of(asdict(settings(seed))) for seed in SEEDS]
     return [by_settings[key] for key in keys if key in by_settings]
 
@@ -52,9 +51,14 @@ def key_of(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
+def key_of_settings(run: Record) -> str:
+    """What equal settings of runs have in common; those that a run did not know of are at their defaults."""
+    return key_of(asdict(Settings(**run["settings"])))
+
+
 def run_missing(plan: Iterable[Settings], paths: Mapping[str, str | None], jobs: int, path: Path = NEW_RUNS) -> None:
     """Make the runs of a plan that are not finished, ``jobs`` at a time, each on one thread; in the plan's order."""
-    finished = {key_of(record["settings"]) for record in records(path)}
+    finished = {key_of_settings(record) for record in [*records(path), *records(path, POINTERS)]}
     missing = [settings for settings in plan if key_of(asdict(settings)) not in finished]
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = provenance()
