@@ -34,5 +34,10 @@ def check_growth(tables: Sequence[Table], name: str, num_embeddings: int) -> Tab
 def grow_table(table: Table, num_embeddings: int) -> None:
     """Take in the ids up to ``num_embeddings - 1``, after :func:`check_growth`."""
     table.id_map.grow(num_embeddings)
+    set_size(table, num_embeddings)
+
+
+def set_size(table: Table, num_embeddings: int) -> None:
+    """Say how many ids a table has, after what it stores has grown."""
     table.config.num_embeddings = num_embeddings
     rename_layout(table)

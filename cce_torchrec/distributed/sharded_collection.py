@@ -35,6 +35,7 @@ from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.distributed.build import shard_codebooks, take_over_state
 from cce_torchrec.distributed.dense_parts import replicate
+from cce_torchrec.distributed.fetch import FetchGroup
 from cce_torchrec.distributed.groups import make_group
 from cce_torchrec.distributed.growth import grow_on_all_ranks
 from cce_torchrec.distributed.id_sharding import keep_local_blocks
@@ -121,7 +122,7 @@ class ShardedCompressedEmbeddingBagCollection(
         inner._has_uninitialized_input_dist = False  # its input_dist is never called: the groups' are
         self._relabel = Relabel(self.lowered_tables)
         self._decode = BagDecoder(self.decoded_tables, self._is_weighted, mode)
-        self._keeps_features = any(group.rewrites_before_dist for group in self._groups)
+        self._keeps_features = any(group.goes_stale for group in self._groups)
         self._version = 0
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
         self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
@@ -236,6 +237,10 @@ class ShardedCompressedEmbeddingBagCollection(
                 they ask for.
         """
         grow_on_all_ranks(self.tables(), table, num_embeddings, self._env)
+        for group in self._groups:
+            if isinstance(group, FetchGroup):
+                group.update_blocks()
+                self.assignments_changed()  # ids that are on their way went to the ranks that had them
 
     def tables(self) -> list[Table]:
         """Those of row methods, then those of decode methods."""

@@ -207,14 +207,19 @@ class AssignedRowMap(RowMap):
         return True
 
     def grow(self, num_embeddings: int) -> None:
-        before = self.num_embeddings
-        self.num_embeddings = num_embeddings
-        more_NW = self.assignments.new_zeros(self._num_slots() - len(self.assignments), self.encoding.width)
         if self.warm_ids is None:
-            self.assignments = torch.cat([self.assignments, more_NW])
-            if self.assignments.device.type != "meta":
-                self._hash_from(before)
-        else:
-            free_N = self.warm_ids.new_full((len(more_NW),), _NO_ID)
-            self.warm_ids = torch.cat([free_N, self.warm_ids]).to(self._id_dtype())
-            self.assignments = torch.cat([more_NW, self.assignments])
+            self.hold(self.assignments, 0, num_embeddings, num_embeddings)
+            return
+        self.num_embeddings = num_embeddings
+        free = self._num_slots() - len(self.warm_ids)
+        self.warm_ids = torch.cat([self.warm_ids.new_full((free,), _NO_ID), self.warm_ids]).to(self._id_dtype())
+        self.assignments = torch.cat([self.assignments.new_zeros(free, self.encoding.width), self.assignments])
+
+    def hold(self, known_NW: Tensor, first_id: int, end: int, num_embeddings: int) -> None:
+        """Hold ids ``first_id .. end - 1`` of as many as there are now: what is known of the first of them, then hashes."""
+        assert self.warm_ids is None
+        self.num_embeddings, self.first_id = num_embeddings, first_id
+        new_NW = known_NW.new_zeros(end - first_id - len(known_NW), self.encoding.width)
+        self.assignments = torch.cat([known_NW, new_NW])
+        if self.assignments.device.type != "meta":
+            self._hash_from(first_id + len(known_NW))

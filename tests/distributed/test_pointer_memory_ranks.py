@@ -1,6 +1,6 @@
 """Packed assignments, warm ids and growing tables on 2 ranks train and cluster as an unsharded collection."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -147,7 +147,7 @@ def test_packed_and_warm_tables_on_2_ranks(ranks2: RankPool, kind: str) -> None:
 
 
 def check_growth(rank: int, world_size: int, kind: str) -> None:
-    pair = Pair(rank, world_size, placed(kind), ())
+    pair = Pair(rank, world_size, placed(kind), SHARDED if kind == "sharded ids" else ())
     pair.train(SIZES, 0)
     pair.recluster(SIZES, 1)
     before = {name: pair.reference.collection.dense_weight(name) for name in SIZES}
@@ -163,7 +163,7 @@ def check_growth(rank: int, world_size: int, kind: str) -> None:
     pair.train(GROWN, 30)
 
 
-@pytest.mark.parametrize("kind", ["data_parallel", "table_wise", "row_wise", "mixed"])
+@pytest.mark.parametrize("kind", ["data_parallel", "table_wise", "row_wise", "mixed", "sharded ids"])
 def test_a_grown_table_is_that_of_an_unsharded_collection(ranks2: RankPool, kind: str) -> None:
     ranks2.run(check_growth, kind)
 
@@ -172,11 +172,6 @@ def grow_differently(rank: int, world_size: int) -> None:
     model = Model(tables())
     dmp = shard(model, placed("data_parallel"))
     dmp.module.collection.grow("packed", SIZES["packed"] + 1 + rank)
-
-
-def grow_sharded_ids(rank: int, world_size: int) -> None:
-    dmp = shard(Model(tables(sharded=("packed",))), placed("data_parallel"))
-    dmp.module.collection.grow("packed", SIZES["packed"] + 1)
 
 
 def grow_with_other_seeds(rank: int, world_size: int) -> None:
@@ -188,22 +183,38 @@ def grow_with_other_seeds(rank: int, world_size: int) -> None:
     whole_state(dmp)  # raises where replicas differ
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        (grow_differently, "Ranks would grow tables differently"),
-        (grow_sharded_ids, "assignment_placement='sharded', so it cannot grow while it is sharded"),
-    ],
-)
-def test_growth_that_cannot_be_is_refused_on_all_ranks(
-    ranks2: RankPool, asked: Callable[[int, int], None], message: str
-) -> None:
-    with pytest.raises(RankError, match=message):
-        ranks2.run(asked)
+def test_ranks_that_grow_differently_are_told(ranks2: RankPool) -> None:
+    with pytest.raises(RankError, match="Ranks would grow tables differently"):
+        ranks2.run(grow_differently)
 
 
 def test_growth_is_rank_0s(ranks2: RankPool) -> None:
     ranks2.run(grow_with_other_seeds)
+
+
+def check_batches_in_flight(rank: int, world_size: int, kind: str) -> None:
+    """Batches that were sent before the growth are looked up after it."""
+    sharded = SHARDED if kind == "sharded ids" else ()
+    reference, model = Model(tables()), Model(tables(sharded=sharded))
+    model.load_state_dict(reference.state_dict())
+    collection = shard(model, placed(kind)).module.collection
+    batches = [batch(10 + rank, SIZES, 7), batch(20 + rank, SIZES, 9)]
+    contexts = [collection.create_context() for _ in batches]
+    received = [collection.input_dist(context, features) for context, features in zip(contexts, batches, strict=True)]
+    received[0] = received[0].wait().wait()
+    received[1] = received[1].wait()
+    for name in ("packed", "warm", "residual"):
+        collection.grow(name, GROWN[name])
+        reference.collection.grow(name, GROWN[name])
+    received[1] = received[1].wait()
+    for context, kjts, features in zip(contexts, received, batches, strict=True):
+        pooled = collection.compute_and_output_dist(context, kjts).wait()
+        torch.testing.assert_close(pooled.to_dict(), reference(features).to_dict(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["table_wise", "row_wise", "sharded ids"])
+def test_batches_in_flight_are_looked_up_in_the_grown_table(ranks2: RankPool, kind: str) -> None:
+    ranks2.run(check_batches_in_flight, kind)
 
 
 def check_checkpoints(rank: int, world_size: int, folder: Path) -> None:
