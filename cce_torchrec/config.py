@@ -72,11 +72,12 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
                 f"Table {table.name!r} has assignment_placement='sharded', but its method {method_of(table).key!r} {reason}: "
                 "leave it 'replicated'."
             )
-        if placement == "sharded" and getattr(method_of(table), "num_assigned_ids", None) is not None:
+        num_assigned_ids = getattr(method_of(table), "num_assigned_ids", None)
+        if placement == "sharded" and num_assigned_ids is not None:
             raise ValueError(
-                f"Table {table.name!r} has assignment_placement='sharded' and num_assigned_ids="
-                f"{method_of(table).num_assigned_ids}: assignments of some ids only are not sharded by id. Leave them "  # type: ignore[attr-defined]
-                "'replicated', or store those of all ids (num_assigned_ids=None)."
+                f"Table {table.name!r} has assignment_placement='sharded' and num_assigned_ids={num_assigned_ids}: "
+                "assignments of some ids only are not sharded by id. Leave them 'replicated', or store those of all ids "
+                "(num_assigned_ids=None)."
             )
         try:
             method_of(table).num_params(table.num_embeddings, table.embedding_dim)

@@ -34,7 +34,7 @@ class Column(NamedTuple):
 
 
 class IdMap(nn.Module, ABC):
-    """What an id of one logical table is turned into something by.
+    """What turns the ids of one logical table into rows or vectors.
 
     Attributes:
         bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.

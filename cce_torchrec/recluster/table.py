@@ -103,11 +103,8 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
         _add_hashed_ids(sums, row_map, chosen, config, collectives)
     sums.reduce(collectives)
     places_N = moved_sample(row_map.num_embeddings if chosen is None else len(chosen), block)
-    before_CN, after_NC = (
-        row_map.main_rows(block.at(places_N)),
-        row_map.encoding.decode(assignments[places_N - block.start]),
-    )
-    moved = moved_fraction(before_CN, after_NC.T.to(torch.int64), row_map.level_rows, collectives)
+    after_CN = row_map.encoding.decode(assignments[places_N - block.start]).T.to(torch.int64)
+    moved = moved_fraction(row_map.main_rows(block.at(places_N)), after_CN, row_map.level_rows, collectives)
     if chosen is not None or len(row_map.assignments) == row_map.num_embeddings:  # this rank holds those of all ids
         assignments = gather_assignments(assignments, collectives)
     return NewTable(

@@ -159,15 +159,16 @@ def test_a_kernel_finds_the_ids_that_are_warm(num_warm: int, ids_dtype: torch.dt
 
 @needs_compiler
 @pytest.mark.parametrize("bad", [-1, V, 2**62, -(2**62)])
-def test_ids_out_of_bounds_take_the_usual_way(bad: int) -> None:
-    configs = [table("uint8", METHODS["uint8"])]
+@pytest.mark.parametrize("name", ["uint8", "packed"])
+def test_ids_out_of_bounds_take_the_usual_way(name: str, bad: int) -> None:
+    configs = [table(name, METHODS[name])]
     ids = torch.tensor([3, bad, 5])
-    features = KeyedJaggedTensor(["uint8/0"], ids, lengths=torch.ones(3, dtype=torch.int64), weights=torch.ones(3))
+    features = KeyedJaggedTensor([f"{name}/0"], ids, lengths=torch.ones(3, dtype=torch.int64), weights=torch.ones(3))
     with pytest.raises(IndexError, match=rf"id {bad} is outside"):
         rewriter(configs)(features)
     warned = rewriter(configs, mode=BoundsCheckMode.IGNORE)(features).values().view(4, 3, 2)
     zero = rewriter(configs)(
-        KeyedJaggedTensor(["uint8/0"], ids * 0, lengths=features.lengths(), weights=features.weights())
+        KeyedJaggedTensor([f"{name}/0"], ids * 0, lengths=features.lengths(), weights=features.weights())
     )
     assert torch.equal(warned[:, 1], zero.values().view(4, 3, 2)[:, 1])
     with pytest.raises((IndexError, RuntimeError)):  # nobody checks, yet nothing is read out of bounds
