@@ -106,12 +106,13 @@ int64_t find(const Id* warm, int64_t count, const int64_t* ids, int64_t n, int64
 
 // main[c * BLOCK + i] = the assignment of ids[i] in column c, for a block of n ids; `left` are there in all.
 template <typename Rows>
-void gather(const Stored& stored, const Rows& rows, const int64_t* ids, int64_t n, int64_t left,
+void gather(const Stored& stored, const Rows rows, const int64_t* ids, int64_t n, int64_t left,
             typename Rows::Value* main) {
   if (stored.warm == nullptr) {
+    const int64_t first = stored.first;
     for (int64_t i = 0; i < n; ++i) {
-      if (i + AHEAD < left) rows.prefetch(ids[i + AHEAD] - stored.first);
-      rows.read(ids[i] - stored.first, main + i);
+      if (i + AHEAD < left) rows.prefetch(ids[i + AHEAD] - first);
+      rows.read(ids[i] - first, main + i);
     }
     return;
   }
@@ -159,9 +160,10 @@ void assigned_rows(const int64_t* ids, int64_t n, const Stored& stored, const in
 // The function for words, with the number of columns known to the compiler where it is a usual one.
 template <typename Word>
 auto words_of(int64_t columns) {
-  return columns == 4   ? assigned_rows<Words<4, Word>>
-         : columns == 8 ? assigned_rows<Words<8, Word>>
-                        : assigned_rows<Words<0, Word>>;
+  return columns == 4    ? assigned_rows<Words<4, Word>>
+         : columns == 8  ? assigned_rows<Words<8, Word>>
+         : columns == 16 ? assigned_rows<Words<16, Word>>
+                         : assigned_rows<Words<0, Word>>;
 }
 
 }  // namespace
