@@ -64,12 +64,13 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Spread:
 
 
 def provenance() -> dict[str, Any]:
-    """What made a result: command, commit, hardware, load, versions."""
+    """What made a result: command (files by name, not where they are), commit, hardware, load, versions."""
     dirty = _git("status", "--porcelain", "--untracked-files=no", "--", "cce_torchrec", "benchmarks")
     module = sys.modules["__main__"].__spec__
     program = ["-m", module.name] if module is not None else sys.argv[:1]
+    arguments = [Path(text).name if Path(text).is_absolute() else text for text in sys.argv[1:]]
     return {
-        "command": shlex.join(["python", *program, *sys.argv[1:]]),
+        "command": shlex.join(["python", *program, *arguments]),
         "commit": _git("rev-parse", "HEAD") + ("-dirty" if dirty else ""),
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "load": f"{os.getloadavg()[0]:.1f}",
