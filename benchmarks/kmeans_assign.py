@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Spread, markdown_table, provenance, ratio, take_turns, write_results
+from benchmarks.harness import Spread, ratio, take_turns, write_results
 from cce_torchrec import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingBagConfig,
@@ -29,6 +29,8 @@ from cce_torchrec.recluster.collectives import LocalCollectives
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.seeding import Share, seed_centroids
+from dlrm_example.provenance import provenance
+from dlrm_example.report import markdown_table
 
 BASE = "cdist + argmin"
 

@@ -23,18 +23,20 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from benchmarks.harness import Spread, markdown_table, provenance, ratio, take_turns, write_results
+from benchmarks.harness import Spread, ratio, take_turns, write_results
 from dlrm_example.budget import plan_tables
 from dlrm_example.config import TrainConfig
 from dlrm_example.data import ColumnChoice
 from dlrm_example.data.generate import generate
 from dlrm_example.data.prepare import prepare
 from dlrm_example.data.prepare_config import PrepareConfig
+from dlrm_example.data.prepared import PreparedDataset, open_prepared
 from dlrm_example.data.sources import CRITEO_DENSE, CRITEO_LABEL, CRITEO_SPARSE
-from dlrm_example.data.streaming import PreparedDataset, open_prepared
 from dlrm_example.data.truth import Truth
 from dlrm_example.distributed import World, process_group
 from dlrm_example.model import build_model, build_optimizer, shard_model
+from dlrm_example.provenance import provenance
+from dlrm_example.report import markdown_table
 
 NAME = "loader"
 METHODS = {"full": 1.0, "cce": 8.0}

@@ -8,27 +8,23 @@ those of `dlrm_example.recipe`; they were chosen on another split.
 """
 
 import argparse
-import json
 import os
-import platform
-import shlex
 import shutil
-import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from dlrm_example import report
 from dlrm_example.config import TrainConfig
 from dlrm_example.console import set_up_logging
-from dlrm_example.distributed import process_group
+from dlrm_example.curves import mean_and_spread
+from dlrm_example.provenance import command
 from dlrm_example.recipe import movielens_config
-from dlrm_example.records import CONFIG, SUMMARY, Summary, read_summary, write_json
-from dlrm_example.train import train
+from dlrm_example.records import Summary, read_summary, write_json
+from dlrm_example.sweep.results import made_by
+from dlrm_example.sweep.runs import make_all
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "movielens_8x"
@@ -42,12 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="forget finished runs")
     arguments = parser.parse_args(argv)
     set_up_logging()
-    runs_folder = ROOT / "runs" / NAME
+    os.chdir(ROOT)
+    folder = Path("runs") / NAME
     if arguments.fresh:
-        shutil.rmtree(runs_folder, ignore_errors=True)
-    configs = [run_config(method, seed, runs_folder) for method in METHODS for seed in SEEDS]
-    with process_group():
-        runs = [run_or_read(config) for config in configs]
+        shutil.rmtree(folder, ignore_errors=True)
+    configs = [run_config(method, seed, folder) for method in METHODS for seed in SEEDS]
+    make_all(configs)
+    runs = [read_summary(Path(config.run_dir)) for config in configs]
     table = markdown_table(runs)
     write_results(runs, table, configs[0], [Path(config.run_dir) for config in configs])
     replace_in_readme(ROOT / "README.md", table)
@@ -56,43 +53,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_config(method: str, seed: int, folder: Path) -> TrainConfig:
-    return movielens_config(method, str((folder / f"{method}-{seed}").relative_to(ROOT)), seed=seed)
-
-
-def run_or_read(config: TrainConfig) -> Summary:
-    """The finished run of exactly this config, or a new one."""
-    folder = ROOT / config.run_dir
-    if (folder / SUMMARY).exists() and _config_of(folder) == json.loads(json.dumps(asdict(config))):
-        return read_summary(folder)
-    os.chdir(ROOT)
-    summary = train(config)
-    write_json(folder / "provenance.json", provenance())
-    return summary
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / CONFIG).read_text())
-    config.pop("versions")
-    return config
+    return movielens_config(method, str(folder / f"{method}-{seed}"), seed=seed)
 
 
 def markdown_table(runs: Sequence[Summary]) -> str:
     """Mean and standard deviation over the seeds, a line a method."""
-    head = (
-        "| method | embedding params | fewer params | fewer bytes | best val BCE | val AUROC | test BCE | test AUROC |"
-    )
-    lines = [head, "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    header = ["method", "embedding params", "fewer params", "fewer bytes"]
+    rows = []
     for method in METHODS:
         mine = [run for run in runs if run.method == method]
-        sizes = f"{mine[0].embedding_params:,} | {mine[0].compression_params:.1f}x | {mine[0].compression_bytes:.1f}x"
+        ratios = [f"{ratio:.1f}x" for ratio in (mine[0].compression_params, mine[0].compression_bytes)]
         fields = ("best_val_bce", "best_val_auroc", "test_bce", "test_auroc")
-        scores = " | ".join(mean_and_spread([getattr(run, field) for run in mine]) for field in fields)
-        lines.append(f"| `{method}` | {sizes} | {scores} |")
-    return "\n".join(lines)
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
+        scores = [mean_and_spread([getattr(run, field) for run in mine]) for field in fields]
+        rows.append([f"`{method}`", f"{mine[0].embedding_params:,}", *ratios, *scores])
+    return report.markdown_table([*header, "best val BCE", "val AUROC", "test BCE", "test AUROC"], rows)
 
 
 def margins(runs: Sequence[Summary]) -> dict[str, list[float]]:
@@ -106,7 +80,7 @@ def margins(runs: Sequence[Summary]) -> dict[str, list[float]]:
 def write_results(runs: Sequence[Summary], table: str, config: TrainConfig, folders: Sequence[Path]) -> None:
     folder = ROOT / "docs" / "results"
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [json.loads((ROOT / run_dir / "provenance.json").read_text()) for run_dir in folders]
+    sources = [{"command": command(), **made_by(run_dir)} for run_dir in folders]
     settings = {
         key: value for key, value in asdict(config).items() if key not in ("run_dir", "method", "compression", "seed")
     }
@@ -146,31 +120,6 @@ Raw numbers: [`{NAME}.json`]({NAME}.json).
 
 def _listed(values: dict[str, Any]) -> str:
     return ", ".join(f"{name} `{value}`" for name, value in values.items())
-
-
-def provenance() -> dict[str, str]:
-    """What made a run: command, commit, hardware, versions."""
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "commit": _git("rev-parse", "HEAD")
-        + ("-dirty" if _git("status", "--porcelain", "--untracked-files=no") else ""),
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or ("" if arguments[0] == "status" else "unknown")
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def replace_in_readme(readme: Path, table: str) -> None:

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import Spread, markdown_table, provenance, ratio, take_turns, write_results
+from benchmarks.harness import Spread, ratio, take_turns, write_results
 from benchmarks.sharded_step import Sizes, Way, quieten
 from benchmarks.step import Steps
 from cce_torchrec.methods.assignments import AssignmentStorage
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.native import switched_off
+from dlrm_example.provenance import provenance
+from dlrm_example.report import markdown_table
 
 NAME = "pointer_storage"
 PLAIN = "integers, all ids"

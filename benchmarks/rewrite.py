@@ -19,13 +19,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.harness import Spread, markdown_table, provenance, ratio, take_turns, write_results
+from benchmarks.harness import Spread, ratio, take_turns, write_results
 from cce_torchrec import CompressedEmbeddingBagConfig
 from cce_torchrec.lowering import lower_tables
 from cce_torchrec.methods import CCE, CE, HashingTrick
 from cce_torchrec.methods.base import RowMethod
 from cce_torchrec.native import library, switched_off
 from cce_torchrec.rewrite import RowRewriter
+from dlrm_example.provenance import provenance
+from dlrm_example.report import markdown_table
 
 BATCHES = 8
 

@@ -41,10 +41,12 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from benchmarks.harness import RESULTS, Spread, markdown_table, provenance, ratio, take_turns, write_results
+from benchmarks.harness import RESULTS, Spread, ratio, take_turns, write_results
 from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
 from cce_torchrec.methods.assignments import AssignmentStorage
 from cce_torchrec.methods.encoding import smallest_int_dtype
+from dlrm_example.provenance import provenance
+from dlrm_example.report import markdown_table
 
 NAME = "sharded_step"
 

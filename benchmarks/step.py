@@ -22,11 +22,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.harness import Spread, markdown_table, provenance, ratio, take_turns, write_results
+from benchmarks.harness import Spread, ratio, take_turns, write_results
 from benchmarks.rewrite import Sizes as IdSizes
 from benchmarks.rewrite import make_ids
 from benchmarks.sharded_step import Sizes, Way, build, quieten
 from cce_torchrec.native import switched_off
+from dlrm_example.provenance import provenance
+from dlrm_example.report import markdown_table
 
 NAME = "step"
 BATCHES = 4

@@ -11,7 +11,6 @@ two ranks, so what it differs by from the first is left-out rows and the order o
 
 import argparse
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ import torch
 from torchrec.datasets.utils import Batch
 
 from dlrm_example.data.memory import InMemoryLoader
+from dlrm_example.provenance import provenance
 from dlrm_example.recipe import SETTINGS
 from dlrm_example.records import Summary, read_json, read_summary, write_json
 from dlrm_example.train import main as train_main
@@ -98,7 +98,7 @@ def run_unless_finished(seed: int, arm: str) -> None:
     folder = ROOT / run_dir(seed, arm)
     if (folder / PROVENANCE).exists() and read_json(folder / PROVENANCE)["command"] == " ".join(words):
         return
-    source = provenance(words)
+    source = {**provenance(), "command": " ".join(words)}
     program = str(Path(sys.executable).parent / words[0])
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **os.environ}
     overwrite = [] if arm == "control" else ["--overwrite"]
@@ -212,29 +212,6 @@ def _mean_seconds(runs: Sequence[dict[str, Any]]) -> str:
     return " and ".join(
         f"{statistics.mean(run[f'{part}_seconds'] for run in runs):.1f}" for part in ("train", "recluster")
     )
-
-
-def provenance(words: Sequence[str]) -> dict[str, str]:
-    dirty = "-dirty" if _git("status", "--porcelain", "--untracked-files=no", "cce_torchrec", "dlrm_example") else ""
-    return {
-        "command": " ".join(words),
-        "commit": _git("rev-parse", "HEAD") + dirty,
-        "hardware": f"{_cpu_name()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _git(*arguments: str) -> str:
-    return subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

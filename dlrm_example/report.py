@@ -1,6 +1,6 @@
-"""Finished runs as a table of plain text."""
+"""Finished runs as a table of plain text, and tables of Markdown."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dlrm_example.records import Summary
 
@@ -33,3 +33,9 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])
 
     return "\n".join([line(head), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])

@@ -4,12 +4,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.harness import RESULTS, markdown_table
+from benchmarks.harness import RESULTS
 from benchmarks.quality import plans
 from benchmarks.quality.store import Record, found
+from dlrm_example.curves import Curve, Measured, first_crossing, mean_and_spread
+from dlrm_example.plots import Panel, draw_panels, save
+from dlrm_example.report import markdown_table
 
 TITLES = {"ml-100k": "MovieLens-100K", "gowalla": "Gowalla"}
 SIZES = {"params": "params", "total_bytes": "bytes, assignments counted"}
@@ -32,8 +34,7 @@ class Point:
 
     def text(self, name: str) -> str:
         """Mean ± standard deviation."""
-        values = [run[name] for run in self.runs]
-        return f"{self.mean(name):.4f}" + (f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else "")
+        return mean_and_spread([run[name] for run in self.runs])
 
 
 def points(runs: Sequence[Record], dataset: str) -> dict[str, list[Point]]:
@@ -47,12 +48,6 @@ def points(runs: Sequence[Record], dataset: str) -> dict[str, list[Point]]:
     return result
 
 
-def first_match(curve: Sequence[Point], full: Point) -> Point | None:
-    """The smallest size at which a method is as good as the full table."""
-    matching = [point for point in curve if point.mean("best_bce") <= full.mean("best_bce")]
-    return min(matching, key=lambda point: point.mean("params"), default=None)
-
-
 def write_page(runs: Sequence[Record]) -> None:
     """``quality.md`` and a plot a data set."""
     sections = []
@@ -61,7 +56,7 @@ def write_page(runs: Sequence[Record]) -> None:
         if plans.FULL not in curves:
             continue
         plot = f"quality_{dataset.replace('-', '_')}.png"
-        draw(curves, title).savefig(RESULTS / plot, dpi=80)
+        save(draw(curves, title), RESULTS / plot)
         seeds = max(len(point.runs) for curve in curves.values() for point in curve)
         sections.append(
             f"## {title}\n\n![BCE against size]({plot})\n\n{_scores(curves)}\n\n{_matches(curves)}\n\n"
@@ -95,35 +90,35 @@ def _matches(curves: Mapping[str, Sequence[Point]]) -> str:
     for method, curve in curves.items():
         if method == plans.FULL:
             continue
-        match = first_match(curve, full)
-        ratios = [f"{full.mean(n) / match.mean(n):.1f}x" if match else "-" for n in SIZES]
-        rows.append([f"`{method}`", f"{match.mean('params'):,.0f}" if match else "at no size tried", *ratios])
+        found = [first_crossing(bce_by(size, curve), full.mean("best_bce")) for size in SIZES]
+        ratios = [
+            f"{full.mean(size) / match.at.size:.1f}x" if match else "-"
+            for size, match in zip(SIZES, found, strict=True)
+        ]
+        rows.append([f"`{method}`", f"{found[0].at.size:,.0f}" if found[0] else "at no size tried", *ratios])
     title = f"The smallest size at which the mean BCE is at or below the full table's {full.mean('best_bce'):.4f}:"
     return f"{title}\n\n" + markdown_table(("method", "params", "fewer params", "fewer bytes in all"), rows)
 
 
 def draw(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """BCE against both sizes; the band is from the best to the worst seed, a star is the first match of the full table."""
-    figure = Figure(figsize=(14, 6), layout="constrained")
-    for axes, (size, label) in zip(figure.subplots(1, 2, sharey=True), SIZES.items(), strict=True):
-        _draw(axes, curves, size)
-        axes.set(xscale="log", xlabel=label, ylabel="best BCE", title=title)
-        axes.grid(alpha=0.3)
-    figure.axes[1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return figure
+    """BCE against both sizes; a star is the first match of the full table."""
+    panels = [
+        Panel(
+            curves={method: bce_by(size, points) for method, points in curves.items() if method != plans.FULL},
+            level=bce_by(size, curves[plans.FULL])[0],
+            size=label,
+            score="best BCE",
+            title=title,
+            stars=True,
+        )
+        for size, label in SIZES.items()
+    ]
+    return draw_panels([panels])
 
 
-def _draw(axes: Axes, curves: Mapping[str, Sequence[Point]], size: str) -> None:
-    full = curves[plans.FULL][0]
-    axes.axhline(full.mean("best_bce"), color="black", linestyle="--", label="full")
-    for index, (method, curve) in enumerate((m, c) for m, c in curves.items() if m != plans.FULL):
-        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else ":"}
-        sizes, scores = [p.mean(size) for p in curve], [[run["best_bce"] for run in p.runs] for p in curve]
-        axes.plot(sizes, [statistics.mean(s) for s in scores], marker=".", label=method, **style)
-        axes.fill_between(sizes, [min(s) for s in scores], [max(s) for s in scores], alpha=0.15, color=style["color"])
-        match = first_match(curve, full)
-        if match:
-            axes.plot([match.mean(size)], [match.mean("best_bce")], marker="*", markersize=14, color=style["color"])
+def bce_by(size: str, points: Sequence[Point]) -> Curve:
+    """As a curve over `size`."""
+    return [Measured(point.mean(size), [run["best_bce"] for run in point.runs]) for point in points]
 
 
 def _levers(runs: Sequence[Record]) -> str:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from benchmarks.harness import RESULTS, markdown_table
+from benchmarks.harness import RESULTS
 from benchmarks.quality import plans
 from benchmarks.quality.gmf import Settings
 from benchmarks.quality.store import POINTERS, Record, found, publish
+from dlrm_example.report import markdown_table
 
 COLUMNS = (4, 8, 16)
 WARM_PARTS = (None, 0.5, 0.25, 0.1)

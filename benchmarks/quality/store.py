@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import RESULTS, ROOT, provenance
+from benchmarks.harness import RESULTS, ROOT
 from benchmarks.quality.data import load
 from benchmarks.quality.gmf import Settings, run
 from benchmarks.quality.plans import SEEDS
+from dlrm_example.provenance import provenance
 
 Record = Mapping[str, Any]
 NEW_RUNS = ROOT / "runs" / "quality.jsonl"

@@ -2,7 +2,16 @@
 
 from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport, TableReport
 from cce_torchrec.recluster.counts import IdCounter
+from cce_torchrec.recluster.gradients import record_gradients
 from cce_torchrec.recluster.schedule import ReclusterSchedule
 from cce_torchrec.recluster.step import recluster
 
-__all__ = ["IdCounter", "ReclusterConfig", "ReclusterReport", "ReclusterSchedule", "TableReport", "recluster"]
+__all__ = [
+    "IdCounter",
+    "ReclusterConfig",
+    "ReclusterReport",
+    "ReclusterSchedule",
+    "TableReport",
+    "recluster",
+    "record_gradients",
+]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec.recluster.step import collections_of, reclusterable_tables
+from cce_torchrec.recluster.gradients import collections_to_recluster, reclusterable_tables
 
 
 class IdCounter:
@@ -36,7 +36,9 @@ class IdCounter:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        tables = [table for collection in collections_of(module) for table in reclusterable_tables(collection)]
+        tables = [
+            table for collection in collections_to_recluster(module) for table in reclusterable_tables(collection)
+        ]
         self._configs: list[EmbeddingBagConfig] = [table.config for table in tables]
         self._counts = {config.name: torch.zeros(config.num_embeddings, dtype=torch.int64) for config in self._configs}
 

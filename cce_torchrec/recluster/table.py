@@ -1,6 +1,6 @@
 """One table's re-clustering: from its codebooks and assignments to new ones, nothing changed yet.
 
-    x_i(v) = M_i[h_i(v)] + M'_i[h'_i(v)]                         the column vectors of all ids v
+    x_i(v) = M_i[h_i(v)] + M'_i[h'_i(v)] + step_i(v)             where the column vectors of all ids v want to be
     M_i   <- K-means centroids of x_i,   h_i(v) <- nearest       fitted on a sample, assigned exactly
     M'_i[j] <- mean of x_i(v) - M_i[h_i(v)] over h'_i(v) = j     with a fresh hash h'_i
 
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, hash_rows
+from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.methods.assignments import find_sorted
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
+from cce_torchrec.recluster.gradients import IdSteps, gather_steps
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.vocabulary import (
@@ -52,6 +54,7 @@ class TableState:
         codebooks: float32 of each column: main rows, then helper rows; or those of the other table.
         optimizer_state: S numbers a row of each column, float32; S may be 0, and is for another table.
         weights_V: importance of each id, or ``None`` for 1.
+        gradients: recorded on this rank, or ``None`` for no step.
     """
 
     name: str
@@ -60,6 +63,7 @@ class TableState:
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     weights_V: Tensor | None
+    gradients: SumsById | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +94,8 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     row_map, device = state.row_map, state.codebooks[0].device
     chosen = row_map.choose_ids(state.weights_V)
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, device, collectives, chosen)
-    centroids = _fit_centroids(state, block, derive_seed(seed, state.name), config, collectives)
+    vectors = _Vectors.of(state, block, config, collectives)
+    centroids = _fit_centroids(state, vectors, block, derive_seed(seed, state.name), config, collectives)
     coefficients = None
     if row_map.num_helper_rows:
         coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
@@ -98,9 +103,9 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     assignments = row_map.assignments.new_empty(block.stop - block.start, row_map.encoding.width, device=device)
     batches = assignments.split(config.decode_batch_size)
     for ids_N, stored_NW in zip(block.batches(), batches, strict=False):  # an empty block still has one empty batch
-        stored_NW.copy_(row_map.encoding.encode(sums.add(ids_N)))
+        stored_NW.copy_(row_map.encoding.encode(sums.add(ids_N, vectors)))
     if chosen is not None:
-        _add_hashed_ids(sums, row_map, chosen, config, collectives)
+        _add_hashed_ids(sums, state, chosen, config, collectives)
     sums.reduce(collectives)
     places_N = moved_sample(row_map.num_embeddings if chosen is None else len(chosen), block)
     after_CN = row_map.encoding.decode(assignments[places_N - block.start]).T.to(torch.int64)
@@ -120,22 +125,53 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
 
 
 def _add_hashed_ids(
-    sums: "_Sums", row_map: CCERowMap, chosen: Tensor, config: ReclusterConfig, collectives: Collectives
+    sums: "_Sums", state: TableState, chosen: Tensor, config: ReclusterConfig, collectives: Collectives
 ) -> None:
     """Count the ids that have no stored assignments, each rank its share."""
+    row_map = state.row_map
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, chosen.device, collectives)
+    vectors = _Vectors.of(state, block, config, collectives)
     for ids_N in block.batches():
         hashed_N = ids_N[~find_sorted(chosen, ids_N)[1]]
-        sums.add(hashed_N, row_map.hashed(hashed_N))
+        sums.add(hashed_N, vectors, row_map.hashed(hashed_N))
 
 
-def _decode(state: TableState, column: int, ids_N: Tensor) -> Tensor:
-    """The column vectors of some ids: [N, D]."""
-    return state.codebooks[column][state.rows(ids_N)[column]].sum(dim=1)
+@dataclass(frozen=True)
+class _Vectors:
+    """The column vectors to cluster: what ids decode to, and their steps."""
+
+    state: TableState
+    steps: IdSteps | None
+
+    @classmethod
+    def of(cls, state: TableState, block: Block, config: ReclusterConfig, collectives: Collectives) -> "_Vectors":
+        """Those of the ids of a block; collective."""
+        steps = gather_steps(
+            state.gradients,
+            block.span(state.row_map.num_embeddings),
+            rate=config.gradient_step,
+            damping=config.gradient_damping,
+            collectives=collectives,
+        )
+        return cls(state, steps)
+
+    def __call__(self, column: int, ids_N: Tensor, rows_NR: Tensor) -> Tensor:
+        """[N, D] of some ids, given the rows of the column that they add up."""
+        codebook = self.state.codebooks[column]
+        decoded_ND = codebook[rows_NR].sum(dim=1)
+        if self.steps is None:
+            return decoded_ND
+        dim = codebook.shape[1]
+        return decoded_ND + self.steps(ids_N, slice(column * dim, (column + 1) * dim))
 
 
 def _fit_centroids(
-    state: TableState, block: Block, seed: int, config: ReclusterConfig, collectives: Collectives
+    state: TableState,
+    vectors: _Vectors,
+    block: Block,
+    seed: int,
+    config: ReclusterConfig,
+    collectives: Collectives,
 ) -> list[Tensor]:
     """K-means on a sample, column by column and level by level: [A, K, D] of each column."""
     num_rows = state.row_map.level_rows
@@ -145,7 +181,9 @@ def _fit_centroids(
     centroids = []
     for column, codebook in enumerate(state.codebooks):
         batches = ids_N.split(config.decode_batch_size)
-        points_ND = torch.cat([codebook[:0], *(_decode(state, column, batch_N) for batch_N in batches)])
+        points_ND = torch.cat(
+            [codebook[:0], *(vectors(column, batch_N, state.rows(batch_N)[column]) for batch_N in batches)]
+        )
         levels: list[Tensor] = []
         for level in range(state.row_map.num_assigned):
             if level:
@@ -183,7 +221,7 @@ class _Sums:
         self._residual = [_zeros(num_helper, book.shape[1], like=book) for book in books]
         self._optimizer = [_zeros(num_rows, old.shape[1], like=old) for old in state.optimizer_state]
 
-    def add(self, ids_N: Tensor, fixed_AN: Tensor | None = None) -> Tensor:
+    def add(self, ids_N: Tensor, vectors: _Vectors, fixed_AN: Tensor | None = None) -> Tensor:
         """Assign a batch of ids, the nearest rows or fixed ones, and add them up; returns their assignments [N, C * A]."""
         weights_N = id_weights(self._state.weights_V, ids_N)
         helpers_CN: Tensor | None = None
@@ -191,8 +229,8 @@ class _Sums:
             helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
         old_rows_CNR = self._state.rows(ids_N)
         assignments: list[Tensor] = []
-        for column, (codebook, centroids_AKD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
-            points_ND = codebook[old_rows_CNR[column]].sum(dim=1)
+        for column, centroids_AKD in enumerate(self._centroids):
+            points_ND = vectors(column, ids_N, old_rows_CNR[column])
             self._energy[0] += points_ND.double().square().sum(dim=1) @ weights_N
             new_rows = []
             for level, centroids_KD in enumerate(centroids_AKD):

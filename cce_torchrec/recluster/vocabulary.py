@@ -4,7 +4,7 @@ Shapes: V ids, N ids of a batch, C columns.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,14 @@ class Block:
         """The ids in order, a bounded number at a time."""
         for start in range(self.start, self.stop, self.batch):
             yield self.at(torch.arange(start, min(start + self.batch, self.stop), device=self.device))
+
+    def span(self, num_ids: int) -> "Block":
+        """Of all ``num_ids`` ids, those from this rank's first to before the next rank's first."""
+        if self.ids is None:
+            return self
+        last = len(self.ids)
+        start, stop = (int(self.ids[place]) if place < last else num_ids for place in (self.start, self.stop))
+        return replace(self, start=0 if self.start == 0 else start, stop=stop, ids=None)
 
     def at(self, places_N: Tensor) -> Tensor:
         """The ids at some places of the walk of all ranks."""

@@ -188,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace logs that were generated into --out")
     helps = {
         "num_ids": "ids a column",
+        "columns": "sparse columns that the clicks depend on, from the first on; the others are noise",
         "clusters": "different vectors a column",
         "rank": "dims of the planted vectors",
         "zipf": "exponent of the ids' frequencies",

@@ -40,6 +40,8 @@ class Truth:
 
     Args:
         num_ids: ids a column, before any is drawn.
+        columns: how many sparse columns speak, from the first on. The others are noise, which a model that knows the truth
+            does not need: the least loss over all columns is the least over these.
         clusters: different vectors a column.
         rank: dims of those vectors.
         zipf: exponent of the ids' frequencies by rank.
@@ -49,6 +51,7 @@ class Truth:
     """
 
     num_ids: int = 1_000_000
+    columns: int = len(CRITEO_SPARSE)
     clusters: int = 64
     rank: int = 4
     zipf: float = 1.05
@@ -62,6 +65,8 @@ class Truth:
         for name, least in (("num_ids", 1), ("clusters", 1), ("rank", 1), ("zipf", 0), ("signal", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name} is {getattr(self, name)}; it must be {least} or more")
+        if not 1 <= self.columns <= len(CRITEO_SPARSE):
+            raise UsageError(f"--columns is {self.columns}; it must be from 1 to {len(CRITEO_SPARSE)}")
         if self.num_ids > 2**31:
             raise UsageError(f"--num_ids is {self.num_ids}; it must be at most 2^31, since ids are written in 32 bits")
         if not 0 <= self.missing < 1:
@@ -84,7 +89,7 @@ class Truth:
         w_D, a_FC, u_FCR = self._parts
         scores_N = np.log1p(np.maximum(dense_ND, 0)) @ w_D
         sum_NR = np.zeros((len(ids_NF), self.rank))
-        for column in range(len(CRITEO_SPARSE)):
+        for column in range(self.columns):
             ids_N = ids_NF[:, column]
             cluster_N = self.cluster(column, ids_N)
             present_N = ids_N != ABSENT
@@ -110,7 +115,7 @@ class Truth:
     @cached_property
     def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         random = np.random.default_rng([self.seed, 0])
-        columns = len(CRITEO_SPARSE)
+        columns = self.columns
         w_D = random.normal(size=len(CRITEO_DENSE)) / len(CRITEO_DENSE) ** 0.5
         a_FC = random.normal(size=(columns, self.clusters)) / columns**0.5
         u_FCR = random.normal(size=(columns, self.clusters, self.rank)) / (columns * self.rank**0.5) ** 0.5

@@ -22,14 +22,16 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_ROWS", 128)
 
 
-def test_scores_are_those_of_the_formula() -> None:
-    truth = Truth(num_ids=500, clusters=7, rank=3, missing=0.3)
+@pytest.mark.parametrize("columns", [26, 4])
+def test_scores_are_those_of_the_formula(columns: int) -> None:
+    truth = Truth(num_ids=500, columns=columns, clusters=7, rank=3, missing=0.3)
     draw = truth.draw(40, 0)
     w_D, a_FC, u_FCR = truth._parts
     for dense, ids, score in zip(draw.dense_ND, draw.ids_NF, truth.scores(draw.dense_ND, draw.ids_NF), strict=True):
         expected = sum(w * math.log1p(x) for w, x in zip(w_D, dense, strict=True) if x != ABSENT)
         present = [
-            (column, int(truth.cluster(column, ids[column : column + 1])[0])) for column in np.flatnonzero(ids >= 0)
+            (column, int(truth.cluster(column, ids[column : column + 1])[0]))
+            for column in np.flatnonzero(ids[:columns] >= 0)
         ]
         expected += sum(a_FC[each] for each in present)
         expected += sum(float(u_FCR[one] @ u_FCR[other]) for one, other in itertools.combinations(present, 2))

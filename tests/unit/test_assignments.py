@@ -22,6 +22,8 @@ from cce_torchrec.hashing import hash_rows
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.encoding import PackedEncoding
 from cce_torchrec.native import switched_off
+from cce_torchrec.recluster.collectives import LocalCollectives
+from cce_torchrec.recluster.vocabulary import Block
 from tests.unit.cce_tables import Snapshot, assert_same_state, build, cce_table, state_copy
 
 V = 300
@@ -268,3 +270,17 @@ def test_assignments_of_some_ids_are_not_sharded_by_id() -> None:
     )
     with pytest.raises(ValueError, match="num_assigned_ids=30: assignments of some ids only are not sharded"):
         CompressedEmbeddingBagCollection(tables=[config])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+@pytest.mark.parametrize("warm", [[0], [V - 1], [5, 6, 250], list(range(40)), list(range(V))], ids=str)
+def test_spans_of_ranks_have_every_id_once_and_their_own_warm_ids(warm: list[int], world_size: int) -> None:
+    everything = []
+    for rank in range(world_size):
+        collectives = LocalCollectives()
+        collectives.rank, collectives.world_size = rank, world_size
+        block = Block.of_rank(V, 7, torch.device("cpu"), collectives, torch.tensor(warm))
+        span = [v for ids in block.span(V).batches() for v in ids.tolist()]
+        assert {v for ids in block.batches() for v in ids.tolist()} == set(span) & set(warm)
+        everything += span
+    assert everything == list(range(V))

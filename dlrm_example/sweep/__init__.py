@@ -1,0 +1,1 @@
+"""Many trainings and what they come to: `python -m dlrm_example.sweep`."""
