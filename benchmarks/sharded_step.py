@@ -21,7 +21,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from benchmarks.harness import RESULTS, Spread, ratio, take_turns, write_results
 from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
-from cce_torchrec.methods.cce import smallest_int_dtype
+from cce_torchrec.methods.assignments import AssignmentStorage
+from cce_torchrec.methods.encoding import smallest_int_dtype
 from dlrm_example.provenance import provenance
 from dlrm_example.report import markdown_table
 
@@ -74,6 +75,7 @@ class Way:
     sharding_type: str
     base: str | None = None
     by_id: bool = False
+    storage: AssignmentStorage = field(default_factory=AssignmentStorage)  # of compressed ones
 
 
 WAYS = {
@@ -113,7 +115,7 @@ def build(way: Way, sizes: Sizes) -> DistributedModelParallel:
     ]
     collection: CompressedEmbeddingBagCollection | EmbeddingBagCollection
     if way.compressed:
-        method = CCE(num_rows=sizes.num_rows, num_columns=sizes.num_columns)
+        method = CCE(num_rows=sizes.num_rows, num_columns=sizes.num_columns, **vars(way.storage))
         placement = "sharded" if way.by_id else "replicated"
         configs = [CompressedEmbeddingBagConfig(**c, method=method, assignment_placement=placement) for c in common]
         collection = CompressedEmbeddingBagCollection(configs, device=meta)

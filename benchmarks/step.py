@@ -41,7 +41,7 @@ class Steps:
     def __init__(self, way: Way, sizes: Sizes, zipf: bool, context: Callable[[], AbstractContextManager[None]]) -> None:
         self._context = context
         with context():
-            self._model = build(way, sizes)
+            self.model = build(way, sizes)
         generator = torch.Generator().manual_seed(0)
         ids = IdSizes(
             num_tables=sizes.num_tables, batch_size=sizes.batch_size, num_embeddings=sizes.num_embeddings, dim=sizes.dim
@@ -57,7 +57,7 @@ class Steps:
 
     def _forward(self) -> Tensor:
         self._count += 1
-        values: Tensor = self._model(self._batches[self._count % BATCHES]).values()
+        values: Tensor = self.model(self._batches[self._count % BATCHES]).values()
         return values
 
     def step(self) -> None:

@@ -5,6 +5,7 @@ import logging
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 logger = logging.getLogger(__name__)
 
@@ -16,15 +17,19 @@ class BoundsCheck:
     """Checks the ids of one table and counts the bad ones.
 
     Args:
-        table: its name, for messages.
-        num_embeddings: V; ids must lie in [0, V).
+        config: of the table; ids must lie in [0, num_embeddings), which may grow.
         mode: FATAL raises an ``IndexError`` (on CUDA a device-side assertion, as FBGEMM's), WARNING counts, logs and maps
             the id to 0, IGNORE maps it to 0, NONE trusts the caller.
     """
 
-    def __init__(self, table: str, num_embeddings: int, mode: BoundsCheckMode) -> None:
-        self.table, self.num_embeddings, self.mode = table, num_embeddings, mode
+    def __init__(self, config: EmbeddingBagConfig, mode: BoundsCheckMode) -> None:
+        self._config, self.mode = config, mode
         self.num_out_of_bounds = 0
+
+    @property
+    def num_embeddings(self) -> int:
+        """V, at this time."""
+        return self._config.num_embeddings
 
     def __call__(self, ids_N: Tensor) -> Tensor:
         """Return ids that are safe to look up."""
@@ -46,7 +51,7 @@ class BoundsCheck:
             torch._assert_async(~bad_N.any())
             return
         raise IndexError(
-            f"Table {self.table!r}: id {int(ids_N[bad_N][0])} is outside [0, {self.num_embeddings}) "
+            f"Table {self._config.name!r}: id {int(ids_N[bad_N][0])} is outside [0, {self.num_embeddings}) "
             f"({int(bad_N.sum())} of {ids_N.numel()} ids are). Raise num_embeddings, map the ids, or choose "
             "bounds_check_mode=BoundsCheckMode.WARNING to look them up as id 0."
         )
@@ -55,7 +60,7 @@ class BoundsCheck:
         self.num_out_of_bounds += int(bad_N.sum())
         logger.warning(
             "Table %r: id %d is outside [0, %d) and is looked up as id 0; %d such ids so far.",
-            self.table,
+            self._config.name,
             int(ids_N[bad_N][0]),
             self.num_embeddings,
             self.num_out_of_bounds,

@@ -18,7 +18,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
-from cce_torchrec.lowering import LAYOUT_HOLDERS, is_layout
+from cce_torchrec.lowering import LAYOUT_HOLDERS, LAYOUT_REMEDY, is_layout
 from cce_torchrec.recluster.gradients import load_gradients, save_gradients
 
 
@@ -150,7 +150,7 @@ def _misfit(state: dict[str, Any], saved: dict[str, Any]) -> str | None:
             holders = tuple(f"{model.rpartition('.')[0]}.{holder}.{name}." for holder in LAYOUT_HOLDERS)
             found = [path.rpartition(".")[2] for path in saved if path.startswith(holders) and is_layout(path)]
             was = f"was saved from {found[0]}" if found else "has no such table"
-            return f"{table!r} {was}, but the model has {own}. Build the model with the checkpoint's method and sizes."
+            return f"{table!r} {was}, but the model has {own}. {LAYOUT_REMEDY}"
     for key, value in wanted.items():
         if not isinstance(value, Tensor | ShardedTensor):
             continue

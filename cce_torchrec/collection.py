@@ -5,6 +5,7 @@ KJT of ids -> RowRewriter -> KJT of rows -> inner EmbeddingBagCollection -> Rela
 Tables of decode methods take another way: KJT of ids -> BagDecoder -> [B, D] a feature.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from cce_torchrec.config import check_tables
 from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.dense_parts import DenseParts
 from cce_torchrec.fused import FusedCollection
+from cce_torchrec.growth import check_growth, grow_table
 from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, check_layouts, decoded_tables, lower_tables
@@ -64,7 +66,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         super().__init__()
         check_tables(tables)
         device = None if device is None else torch.device(device)
-        self._configs = list(tables)
+        self._configs = [copy.copy(table) for table in tables]  # a table that grows changes its own
         self.bounds_check_mode = bounds_check_mode
         self.lowered_tables: list[LoweredTable] = lower_tables(self._configs, [device] * len(tables))
         self.decoded_tables: list[DecodedTable] = decoded_tables(self._configs, device)
@@ -185,6 +187,21 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
             for name in table.physical_names
         }
         return memory_report(self._configs, self.tables(), optimizer_bytes, optimizer)
+
+    def grow(self, table: str, num_embeddings: int) -> None:
+        """Take in more ids, between two steps: those there were keep their vectors, new ones are hashed.
+
+        Parameters stay the same objects with their optimizer state. Only for methods whose parameters do not depend on the
+        number of ids.
+
+        Args:
+            table: name of a logical table.
+            num_embeddings: how many ids it is to have, at least as many as it has.
+
+        Raises:
+            ValueError: where there is no such table, it would shrink, or has parameters sized by id; nothing has changed.
+        """
+        grow_table(check_growth(self.tables(), table, num_embeddings), num_embeddings)
 
     def tables(self) -> list[Table]:
         """Those of row methods, then those of decode methods."""

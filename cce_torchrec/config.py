@@ -72,6 +72,13 @@ def check_tables(tables: Sequence[EmbeddingBagConfig]) -> None:
                 f"Table {table.name!r} has assignment_placement='sharded', but its method {method_of(table).key!r} {reason}: "
                 "leave it 'replicated'."
             )
+        num_assigned_ids = getattr(method_of(table), "num_assigned_ids", None)
+        if placement == "sharded" and num_assigned_ids is not None:
+            raise ValueError(
+                f"Table {table.name!r} has assignment_placement='sharded' and num_assigned_ids={num_assigned_ids}: "
+                "assignments of some ids only are not sharded by id. Leave them 'replicated', or store those of all ids "
+                "(num_assigned_ids=None)."
+            )
         try:
             method_of(table).num_params(table.num_embeddings, table.embedding_dim)
         except ValueError as error:

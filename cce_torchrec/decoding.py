@@ -32,7 +32,7 @@ class BagDecoder:
         self.tables = list(tables)
         self._features = [feature for table in tables for feature in table.config.feature_names]
         self._num_features = [len(table.config.feature_names) for table in tables]
-        self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in tables]
+        self._checks = [BoundsCheck(table.config, mode) for table in tables]
         self._is_weighted = is_weighted
 
     def __call__(self, features: KeyedJaggedTensor) -> dict[str, Tensor]:

@@ -28,6 +28,9 @@ from cce_torchrec.methods import (
 )
 
 LAYOUT_HOLDERS = ("_row_maps", "_decoders")  # attributes of a collection whose modules say what a table is
+LAYOUT_REMEDY = (
+    "Build the model with the checkpoint's method and sizes; if the vocabulary has grown, load first, then grow."
+)
 _SAMPLED_ELEMENTS = 1 << 22  # of a table's init, where its size is estimated
 
 
@@ -72,6 +75,11 @@ class DecodedTable(_Table):
     decoder: Decoder
 
     @property
+    def id_map(self) -> Decoder:
+        """What stores something by id, if anything does."""
+        return self.decoder
+
+    @property
     def dense_part(self) -> DensePart:
         """What TorchRec replicates."""
         return self.decoder
@@ -92,6 +100,11 @@ class LoweredTable(_Table):
 
     row_map: RowMap
     projection: Projection | None = None
+
+    @property
+    def id_map(self) -> RowMap:
+        """What stores something by id, if anything does."""
+        return self.row_map
 
     @property
     def dense_part(self) -> DensePart | None:
@@ -155,6 +168,14 @@ def _register_layout(
     module.register_buffer(layout, torch.empty(0, dtype=torch.uint8, device=device))
 
 
+def rename_layout(table: Table) -> None:
+    """Say anew what a table is, after its config has changed."""
+    old = next(name for name, _ in table.id_map.named_buffers() if is_layout(name))
+    device = table.id_map.get_buffer(old).device
+    delattr(table.id_map, old)
+    _register_layout(table.id_map, method_of(table.config), table.config, device)
+
+
 def _initial_size(config: EmbeddingBagConfig) -> float:
     """Root mean square of the elements of a full table's initial weight.
 
@@ -203,14 +224,13 @@ def check_layouts(tables: Sequence[Table], state: Mapping[str, Any], prefix: str
         prefix: what the keys of the collection begin with.
     """
     for table in tables:
-        stored = table.decoder if isinstance(table, DecodedTable) else table.row_map
-        own = next(name for name, _ in stored.named_buffers() if is_layout(name))
+        own = next(name for name, _ in table.id_map.named_buffers() if is_layout(name))
         starts = tuple(f"{prefix}{part}.{table.name}." for part in LAYOUT_HOLDERS)
         saved = [key.rpartition(".")[2] for key in state if key.startswith(starts) and is_layout(key)]
         if saved and own not in saved:
             raise ValueError(
                 f"Table {table.name!r}: the checkpoint was saved from {saved[0]}, but the model has {own}. "
-                "Build the model with the checkpoint's method and sizes."
+                + LAYOUT_REMEDY
             )
 
 

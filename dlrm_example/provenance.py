@@ -25,10 +25,11 @@ def provenance() -> dict[str, str]:
 
 
 def command() -> str:
-    """The line that started this process, as one would type it."""
+    """The line that started this process, as one would type it where its files lie: paths are cut down to names."""
     spec = sys.modules["__main__"].__spec__
     program = ["-m", spec.name.removesuffix(".__main__")] if spec is not None else sys.argv[:1]
-    return shlex.join(["python", *program, *sys.argv[1:]])
+    arguments = [Path(text).name if Path(text).is_absolute() else text for text in sys.argv[1:]]
+    return shlex.join(["python", *program, *arguments])
 
 
 def commit() -> str:

@@ -3,20 +3,21 @@
 python -m benchmarks.quality run --dataset ml-100k             # finished runs are not made again
 python -m benchmarks.quality run --dataset gowalla --gowalla gowalla.zip --methods full cce ce
 python -m benchmarks.quality levers --dataset ml-100k          # CCE's settings, one changed at a time, on another split
-python -m benchmarks.quality page                              # docs/results/quality.{json,md} and the plots
+python -m benchmarks.quality pointers --dataset gowalla --gowalla gowalla.zip --seeds 1   # which bytes are worth having
+python -m benchmarks.quality page                              # quality and pointers in docs/results
 """
 
 import argparse
 
-from benchmarks.quality import plans
+from benchmarks.quality import plans, pointers
 from benchmarks.quality.data import DATASETS
-from benchmarks.quality.page import write_page
-from benchmarks.quality.store import publish, records, run_missing
+from benchmarks.quality.page import TITLES, write_page
+from benchmarks.quality.store import POINTERS, publish, records, run_missing
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "levers", "page"))
+    parser.add_argument("what", choices=("run", "levers", "pointers", "page"))
     parser.add_argument("--dataset", choices=DATASETS, default="ml-100k")
     parser.add_argument("--methods", nargs="+", choices=plans.METHOD_NAMES, default=plans.METHOD_NAMES)
     parser.add_argument("--levers", nargs="+", choices=list(plans.LEVERS), default=list(plans.LEVERS))
@@ -27,12 +28,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a thread each")
     args = parser.parse_args()
     if args.what == "page":
-        runs = records()
+        runs = [run for run in records() if not pointers.is_of_grid(run)]
         publish(runs)
         write_page(runs)
+        pointers.write_page([run for run in records(published=POINTERS) if pointers.is_of_grid(run)], TITLES)
         return
     if args.what == "run":
         plan = plans.reported(args.dataset, args.methods, args.params or plans.BUDGETS[args.dataset], args.seeds)
+    elif args.what == "pointers":
+        plan = pointers.grid(args.dataset, args.params or pointers.PARAMS[args.dataset], args.seeds)
     else:
         plan = plans.levers(args.dataset, args.levers, args.params or plans.LEVER_BUDGETS[args.dataset], args.seeds)
     run_missing(plan, {"ml-100k": args.movielens, "gowalla": args.gowalla}, args.jobs)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from cce_torchrec import (
     ReclusterSchedule,
     compress,
 )
+from cce_torchrec.memory import stored_bytes
 from cce_torchrec.methods import FullTable, MethodConfig
 
 FEATURES = ("user", "item")
@@ -52,6 +53,7 @@ class Settings:
         gradient_step: the rate at which they do.
         gradient_damping: of steps of ids that were hardly seen.
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
+        warm_part: which part of a table's ids have stored assignments, those of the largest weights; ``None`` for all.
     """
 
     dataset: str
@@ -71,6 +73,7 @@ class Settings:
     gradient_step: float = ReclusterConfig.gradient_step
     gradient_damping: float = ReclusterConfig.gradient_damping
     id_weights: Literal["ones", "counts", "roots"] = "ones"
+    warm_part: float | None = None
     dim: int = 32
     batch_size: int = 4096
     learning_rate: float = 1e-3
@@ -106,6 +109,8 @@ def methods_of(settings: Settings, sizes: tuple[int, int]) -> list[MethodConfig]
     for size, budget in zip(sizes, budgets(settings, sizes), strict=True):
         if settings.helper_part is not None:
             options["num_helper_rows"] = max(1, round(budget // settings.dim * settings.helper_part))
+        if settings.warm_part is not None:
+            options["num_assigned_ids"] = max(1, round(size * settings.warm_part))
         methods.append(method.from_budget(size, settings.dim, budget, **options))
     return methods
 
@@ -124,6 +129,12 @@ def tables_of(
         )
         for feature, size, method in zip(FEATURES, sizes, methods, strict=True)
     ]
+
+
+def packed_bytes(settings: Settings, sizes: tuple[int, int], methods: list[MethodConfig]) -> int:
+    """All bytes, were assignments stored as bits."""
+    packed = [replace(method, bit_packed=True) if hasattr(method, "bit_packed") else method for method in methods]
+    return sum(stored_bytes(method, size, settings.dim) for method, size in zip(packed, sizes, strict=True))
 
 
 def as_ids(rows: Rows) -> KeyedJaggedTensor:
@@ -187,6 +198,7 @@ def run(settings: Settings, clicks: Clicks) -> dict[str, Any]:
         "params": sizes_report.num_params,
         "codebook_bytes": sizes_report.codebook_bytes,
         "total_bytes": sizes_report.codebook_bytes + sizes_report.assignment_bytes,
+        "packed_bytes": packed_bytes(settings, sizes, methods),
         "reclusterings": reclusterings,
         "seconds": round(time.perf_counter() - started, 2),
     }

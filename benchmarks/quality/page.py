@@ -1,15 +1,14 @@
 """The page of results: tables and plots of finished runs."""
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS
 from benchmarks.quality import plans
-from benchmarks.quality.gmf import Settings
-from benchmarks.quality.store import Record, key_of
+from benchmarks.quality.store import Record, found
 from dlrm_example.curves import Curve, Measured, first_crossing, mean_and_spread
 from dlrm_example.plots import Panel, draw_panels, save
 from dlrm_example.report import markdown_table
@@ -36,13 +35,6 @@ class Point:
     def text(self, name: str) -> str:
         """Mean ± standard deviation."""
         return mean_and_spread([run[name] for run in self.runs])
-
-
-def found(runs: Sequence[Record], settings: Callable[[int], Settings]) -> list[Record]:
-    """The runs of the seeds that are there."""
-    by_settings = {key_of(run["settings"]): run for run in runs if "does_not_fit" not in run}
-    keys = [key_of(asdict(settings(seed))) for seed in plans.SEEDS]
-    return [by_settings[key] for key in keys if key in by_settings]
 
 
 def points(runs: Sequence[Record], dataset: str) -> dict[str, list[Point]]:

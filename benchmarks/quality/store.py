@@ -1,7 +1,7 @@
 """Finished runs: a file of JSON lines that grows, and the JSON file that is published."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,22 +12,31 @@ import torch
 from benchmarks.harness import RESULTS, ROOT
 from benchmarks.quality.data import load
 from benchmarks.quality.gmf import Settings, run
+from benchmarks.quality.plans import SEEDS
 from dlrm_example.provenance import provenance
 
 Record = Mapping[str, Any]
 NEW_RUNS = ROOT / "runs" / "quality.jsonl"
 PUBLISHED = RESULTS / "quality.json"
+POINTERS = RESULTS / "pointers.json"
 
 
 def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
-    """All finished runs: those published, then new ones; each once."""
-    found: list[Record] = []
+    """All finished runs: those published there, then new ones; each once."""
+    made: list[Record] = []
     if published.exists():
         content = json.loads(published.read_text())
-        found += [{**record, "made_by": content["made_by"][record["made_by"]]} for record in content["runs"]]
+        made += [{**record, "made_by": content["made_by"][record["made_by"]]} for record in content["runs"]]
     if path.exists():
-        found += [json.loads(line) for line in path.read_text().splitlines()]
-    return list({key_of(record["settings"]): record for record in found}.values())
+        made += [json.loads(line) for line in path.read_text().splitlines()]
+    return list({key_of_settings(record): record for record in made}.values())
+
+
+def found(runs: Sequence[Record], settings: Callable[[int], Settings]) -> list[Record]:
+    """The runs of the seeds that are there."""
+    by_settings = {key_of_settings(run): run for run in runs if "does_not_fit" not in run}
+    keys = [key_of(asdict(settings(seed))) for seed in SEEDS]
+    return [by_settings[key] for key in keys if key in by_settings]
 
 
 def publish(runs: list[Record], path: Path = PUBLISHED) -> None:
@@ -43,9 +52,14 @@ def key_of(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
+def key_of_settings(run: Record) -> str:
+    """What equal settings of runs have in common; those that a run did not know of are at their defaults."""
+    return key_of(asdict(Settings(**run["settings"])))
+
+
 def run_missing(plan: Iterable[Settings], paths: Mapping[str, str | None], jobs: int, path: Path = NEW_RUNS) -> None:
     """Make the runs of a plan that are not finished, ``jobs`` at a time, each on one thread; in the plan's order."""
-    finished = {key_of(record["settings"]) for record in records(path)}
+    finished = {key_of_settings(record) for record in [*records(path), *records(path, POINTERS)]}
     missing = [settings for settings in plan if key_of(asdict(settings)) not in finished]
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = provenance()

@@ -3,7 +3,8 @@
     ids of the batch -> all-to-all by block of ids -> their assignments -> all-to-all back -> rows, as if all were here
 
 What travels is an id there and c small integers back; codebooks are replicated, so lookups and gradients are those of any
-data-parallel table. Assignments are fetched in the forward pass (only ids are sent ahead), so they are never stale.
+data-parallel table. Assignments are fetched in the forward pass (only ids are sent ahead), so they are never stale; ids are
+sent again where blocks have moved meanwhile, because a table has grown.
 
 Shapes: F features of tables whose assignments are fetched, W ranks, n ids, c assignments an id (the most of any table).
 """
@@ -23,8 +24,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.bounds import BoundsCheck
 from cce_torchrec.config import has_sharded_assignments
+from cce_torchrec.distributed.stamps import is_stale, stamp
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.methods.encoding import smallest_int_dtype
 from cce_torchrec.rewrite import RowRewriter, select_features
 
 
@@ -55,14 +58,13 @@ class IdDist(nn.Module):
 
     Args:
         group: of the ranks.
-        block_sizes: of each feature, how many ids in a row a rank holds.
-        device: of the ids.
+        block_sizes_F: int64, of each feature, how many ids in a row a rank holds; on the device of the ids.
     """
 
-    def __init__(self, group: dist.ProcessGroup, block_sizes: list[int], device: torch.device) -> None:
+    def __init__(self, group: dist.ProcessGroup, block_sizes_F: Tensor) -> None:
         super().__init__()
-        self._dist = KJTAllToAll(group, [len(block_sizes)] * group.size())  # the name by which pipelines find it
-        self._block_sizes_F = torch.tensor(block_sizes, dtype=torch.int64, device=device)
+        self._dist = KJTAllToAll(group, [len(block_sizes_F)] * group.size())  # the name by which pipelines find it
+        self.block_sizes_F = block_sizes_F
 
     def forward(
         self, keys: list[str], counts: list[int], ids_n: Tensor
@@ -81,7 +83,7 @@ class IdDist(nn.Module):
         bags = KeyedJaggedTensor(keys=keys, values=ids_n, lengths=lengths_F, stride=1)
         ranks = self._dist._pg.size()
         request, places_n = bucketize_kjt_before_all2all(
-            bags, ranks, self._block_sizes_F, output_permute=True, keep_original_indices=True
+            bags, ranks, self.block_sizes_F, output_permute=True, keep_original_indices=True
         )
         assert places_n is not None
         return self._dist(request), places_n, request.lengths().view(ranks, -1).sum(1)
@@ -97,22 +99,29 @@ class FetchGroup:
         mode: what to do with ids out of bounds; they are checked before they are sent.
     """
 
-    rewrites_before_dist = False
+    goes_stale = True
 
     def __init__(self, rewriter: RowRewriter, env: ShardingEnv, device: torch.device, mode: BoundsCheckMode) -> None:
         self._rewrite, self._process_group = rewriter, env.process_group
         self._tables = [table for table in rewriter.tables if has_sharded_assignments(table.config)]
         self._maps = [_row_map(table) for table in self._tables]
-        self._checks = [BoundsCheck(table.name, table.config.num_embeddings, mode) for table in self._tables]
-        self._width = max(row_map.assignments.shape[1] for row_map in self._maps)
-        self._dtype = max((row_map.assignments.dtype for row_map in self._maps), key=lambda dtype: dtype.itemsize)
+        self._checks = [BoundsCheck(table.config, mode) for table in self._tables]
+        self._width = max(row_map.assignments_per_id for row_map in self._maps)
+        self._dtype = smallest_int_dtype(max(row_map.num_values for row_map in self._maps))
         self._sizes = [len(table.config.feature_names) for table in self._tables]
         self._features = [feature for table in self._tables for feature in table.config.feature_names]
-        blocks = [-(-table.config.num_embeddings // env.world_size) for table in self._feature_tables()]
-        self.input_dist: nn.Module = IdDist(env.process_group, blocks, device)
+        self._world_size, self._device = env.world_size, device
+        self.input_dist: nn.Module = IdDist(env.process_group, self._block_sizes())
 
-    def _feature_tables(self) -> list[LoweredTable]:
-        return [table for table in self._tables for _ in table.config.feature_names]
+    def _block_sizes(self) -> Tensor:
+        tables = [table for table in self._tables for _ in table.config.feature_names]
+        sizes = [-(-table.config.num_embeddings // self._world_size) for table in tables]
+        return torch.tensor(sizes, dtype=torch.int64, device=self._device)
+
+    def update_blocks(self) -> None:
+        """Send ids where they are held by now, after a table has grown."""
+        assert isinstance(self.input_dist, IdDist)
+        self.input_dist.block_sizes_F = self._block_sizes()
 
     def distribute(
         self, features: KeyedJaggedTensor, version: int
@@ -122,7 +131,8 @@ class FetchGroup:
         counts = asked.length_per_key()
         per_table = [sum(part) for part in _cut(counts, self._sizes)]
         ids = [check(ids_n) for check, ids_n in zip(self._checks, asked.values().split(per_table), strict=True)]
-        awaitable, places_n, asked_W = self.input_dist(self._features, counts, torch.cat(ids))
+        keys = [stamp(version) + feature for feature in self._features]
+        awaitable, places_n, asked_W = self.input_dist(keys, counts, torch.cat(ids))
         context = FetchContext(
             batch_size_per_feature_pre_a2a=local.stride_per_key(),
             features=local,
@@ -133,7 +143,7 @@ class FetchGroup:
         return context, awaitable
 
     def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
-        return False
+        return is_stale(received, version)
 
     def localize(self, received: KeyedJaggedTensor, context: EmbeddingShardingContext) -> KeyedJaggedTensor:
         assert isinstance(context, FetchContext)
@@ -141,7 +151,7 @@ class FetchGroup:
         answers_nc = self._exchange(self._answers(received, counts_FW), counts_FW.sum(0), context.asked_W)
         answers_nc = answers_nc.index_select(0, context.places_n)
         assigned = {
-            table.name: (ids_n, rows_nc[:, : row_map.assignments.shape[1]])
+            table.name: (ids_n, rows_nc[:, : row_map.assignments_per_id])
             for table, row_map, ids_n, rows_nc in zip(
                 self._tables, self._maps, context.ids, answers_nc.split([len(ids) for ids in context.ids]), strict=True
             )
@@ -155,7 +165,7 @@ class FetchGroup:
         per_table = [sum(part) for part in _cut(received.length_per_key(), self._sizes)]
         pieces = zip(self._maps, ids_n.split(per_table), answers_nc.split(per_table), strict=True)
         for row_map, table_ids_n, out_nc in pieces:
-            out_nc[:, : row_map.assignments.shape[1]] = row_map.assigned(table_ids_n)
+            out_nc[:, : row_map.assignments_per_id] = row_map.assigned(table_ids_n)
         by_feature = answers_nc.split(counts_FW.flatten().tolist())  # they came feature by feature, rank by rank
         ranks = counts_FW.shape[1]
         return torch.cat([part for rank in range(ranks) for part in by_feature[rank::ranks]])

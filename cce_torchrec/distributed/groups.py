@@ -22,17 +22,13 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.fetch import FetchGroup
+from cce_torchrec.distributed.stamps import is_stale, stamp
 from cce_torchrec.fused import take_ids
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.native.bucketize import bucketize
 from cce_torchrec.rewrite import RowRewriter, select_features
 
 CLIENT_SIDE = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
-
-
-def _stamp(version: int) -> str:
-    """What the names of rows begin with: lookups go by position, so names are free to tell where rows come from."""
-    return f"{version}|"
 
 
 def _context(sent: KeyedJaggedTensor) -> EmbeddingShardingContext:
@@ -43,10 +39,15 @@ def _context(sent: KeyedJaggedTensor) -> EmbeddingShardingContext:
 
 
 class Group(Protocol):
-    """The path of a batch to the lookup of one sharding type."""
+    """The path of a batch to the lookup of one sharding type.
+
+    Attributes:
+        input_dist: sends it.
+        goes_stale: whether what is sent depends on the version of the assignments, or of the blocks of ids.
+    """
 
     input_dist: nn.Module
-    rewrites_before_dist: bool
+    goes_stale: bool
 
     def distribute(
         self, features: KeyedJaggedTensor, version: int
@@ -55,11 +56,11 @@ class Group(Protocol):
 
         Args:
             features: this rank's batch of ids.
-            version: that of the assignments, which rows that travel carry along.
+            version: that of the assignments and blocks, which what depends on them carries along.
         """
 
     def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
-        """Whether what was received was computed from assignments of another version."""
+        """Whether what was received depends on another version."""
 
     def localize(self, received: KeyedJaggedTensor, context: EmbeddingShardingContext) -> KeyedJaggedTensor:
         """What this rank looks up, given what :meth:`distribute` remembered."""
@@ -68,7 +69,7 @@ class Group(Protocol):
 class ClientGroup:
     """Rewrite, then send rows, in half the bytes where tables are small enough: c * R of them an id travel, and lengths."""
 
-    rewrites_before_dist = True
+    goes_stale = True
 
     def __init__(self, sharding: EmbeddingSharding, rewriter: RowRewriter) -> None:
         self.input_dist = sharding.create_input_dist()
@@ -79,7 +80,7 @@ class ClientGroup:
     def distribute(
         self, features: KeyedJaggedTensor, version: int
     ) -> tuple[EmbeddingShardingContext, Awaitable[Awaitable[KeyedJaggedTensor]]]:
-        rows = self._rewrite(features, key_prefix=_stamp(version))
+        rows = self._rewrite(features, key_prefix=stamp(version))
         if not self._is_narrow:
             return _context(rows), self.input_dist(rows)
         if isinstance(self.input_dist, RwSparseFeaturesDist):
@@ -97,7 +98,7 @@ class ClientGroup:
         return _context(rows), self.input_dist(narrow)
 
     def is_stale(self, received: KeyedJaggedTensor, version: int) -> bool:
-        return any(not key.startswith(_stamp(version)) for key in received.keys()[:1])
+        return is_stale(received, version)
 
     def localize(self, received: KeyedJaggedTensor, context: EmbeddingShardingContext) -> KeyedJaggedTensor:
         return received
@@ -106,7 +107,7 @@ class ClientGroup:
 class OwnerGroup:
     """Send ids, then rewrite what belongs to the codebooks of this rank, where its lookup does not take ids itself."""
 
-    rewrites_before_dist = False
+    goes_stale = False
 
     def __init__(self, input_dist: nn.Module, features: list[str], rewriter: RowRewriter) -> None:
         self.input_dist = input_dist

@@ -6,6 +6,7 @@ It holds a ``ShardedEmbeddingBagCollection`` rather than being one, so that ever
 TorchRec stays TorchRec's own code.
 """
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,10 +35,12 @@ from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.distributed.build import shard_codebooks, take_over_state
 from cce_torchrec.distributed.dense_parts import replicate
+from cce_torchrec.distributed.fetch import FetchGroup
 from cce_torchrec.distributed.groups import OwnerGroup, make_group
+from cce_torchrec.distributed.growth import grow_on_all_ranks
 from cce_torchrec.distributed.id_sharding import keep_local_blocks
 from cce_torchrec.id_gradients import IdGradients
-from cce_torchrec.lowering import DecodedTable, LoweredTable, decoded_tables, lower_tables
+from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes, state_bytes
 from cce_torchrec.rewrite import Relabel
 
@@ -95,7 +98,7 @@ class ShardedCompressedEmbeddingBagCollection(
     ) -> None:
         super().__init__(qcomm_codecs_registry=ebc_sharder.qcomm_codecs_registry)
         self._env, self._device = env, device
-        self._configs = module.embedding_bag_configs()
+        self._configs = [copy.copy(config) for config in module.embedding_bag_configs()]
         self._is_weighted = module.is_weighted()
         self.lowered_tables: list[LoweredTable] = lower_tables(
             self._configs, [torch.device("meta") if has_sharded_assignments(c) else device for c in self._configs]
@@ -123,7 +126,7 @@ class ShardedCompressedEmbeddingBagCollection(
         inner._has_uninitialized_input_dist = False  # its input_dist is never called: the groups' are
         self._relabel = Relabel(self.lowered_tables)
         self._decode = BagDecoder(self.decoded_tables, self._is_weighted, mode)
-        self._keeps_features = any(group.rewrites_before_dist for group in self._groups)
+        self._keeps_features = any(group.goes_stale for group in self._groups)
         self._version = 0
         self.id_gradients: IdGradients | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
@@ -232,7 +235,25 @@ class ShardedCompressedEmbeddingBagCollection(
             or optimizer_state_bytes(optimizer, inner.embedding_bags[config.name].weight)
             for config in inner._embedding_bag_configs
         }
-        return memory_report(self._configs, [*self.lowered_tables, *self.decoded_tables], optimizer_bytes, optimizer)
+        return memory_report(self._configs, self.tables(), optimizer_bytes, optimizer)
+
+    @torch.no_grad()
+    def grow(self, table: str, num_embeddings: int) -> None:
+        """As of an unsharded collection; collective: every rank calls it after the same step, with the same arguments.
+
+        Raises:
+            ValueError: on every rank, with nothing changed, as of an unsharded collection; and where ranks differ in what
+                they ask for.
+        """
+        grow_on_all_ranks(self.tables(), table, num_embeddings, self._env)
+        for group in self._groups:
+            if isinstance(group, FetchGroup):
+                group.update_blocks()
+                self.assignments_changed()  # ids that are on their way went to the ranks that had them
+
+    def tables(self) -> list[Table]:
+        """Those of row methods, then those of decode methods."""
+        return [*self.lowered_tables, *self.decoded_tables]
 
     def sharded_parameter_names(self, prefix: str = "") -> Iterator[str]:
         """What this module keeps in step, so that DDP must leave it alone: all but dense parameters; buffers too."""

@@ -62,7 +62,26 @@ class RowSource(NamedTuple):
     hashed_from: int = 0
 
 
-class RowMap(nn.Module, ABC):
+class IdMap(nn.Module, ABC):
+    """What turns the ids of one logical table into rows or vectors.
+
+    Attributes:
+        bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.
+    """
+
+    bounded: bool = False
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether ids can be added: no parameter is sized by id."""
+        return not self.bounded
+
+    def grow(self, num_embeddings: int) -> None:
+        """Take in the ids up to ``num_embeddings - 1``, hashed; those before stay what they are. Only where it can grow."""
+        assert self.can_grow
+
+
+class RowMap(IdMap):
     """Ids to physical rows, for one logical table; its state is in buffers.
 
     Attributes:
@@ -70,7 +89,6 @@ class RowMap(nn.Module, ABC):
             of the method takes.
         rows_per_id: R, how many rows of a column are summed for one id.
         scale: what the sum is multiplied by.
-        bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.
         has_row_weights: whether rows are multiplied by :meth:`row_weights`. All tables of the collection are then looked up
             with weights, so this is for what cannot be said by rows alone.
     """
@@ -78,7 +96,6 @@ class RowMap(nn.Module, ABC):
     columns: tuple[Column, ...]
     rows_per_id: int = 1
     scale: float = 1.0
-    bounded: bool = False
     has_row_weights: bool = False
 
     @abstractmethod
@@ -158,14 +175,8 @@ class Projection(DensePart):
         """
 
 
-class Decoder(DensePart):
-    """Ids to vectors, for one logical table; parameters are dense, everything else it stores is in buffers.
-
-    Attributes:
-        bounded: whether an id must lie in [0, num_embeddings) because something is stored or sized by id.
-    """
-
-    bounded: bool = False
+class Decoder(IdMap, DensePart):
+    """Ids to vectors, for one logical table; parameters are dense, everything else it stores is in buffers."""
 
     @abstractmethod
     def forward(self, ids_N: Tensor) -> Tensor:

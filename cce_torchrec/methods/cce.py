@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_coefficients, hash_rows
+from cce_torchrec.methods.assignments import AssignedRowMap, AssignmentStorage
 from cce_torchrec.methods.base import (
     Column,
     RowMap,
@@ -18,17 +19,8 @@ from cce_torchrec.methods.base import (
     check_positive,
     check_rows,
     default_num_columns,
-    id_chunks,
 )
 from cce_torchrec.native.rows import write_assigned_rows
-
-
-def smallest_int_dtype(num_values: int) -> torch.dtype:
-    """The narrowest integer type that holds 0 .. ``num_values - 1``."""
-    for dtype in (torch.uint8, torch.int16):
-        if num_values - 1 <= torch.iinfo(dtype).max:
-            return dtype
-    return torch.int32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,23 +32,23 @@ class Codebooks:
         num_assigned: A, codebooks whose rows are stored for each id.
         num_rows: k, rows of each of those.
         num_helper_rows: k', rows of the hashed one; 0 for none.
+        storage: of the assignments.
     """
 
     num_columns: int
     num_assigned: int
     num_rows: int
     num_helper_rows: int
+    storage: AssignmentStorage
 
 
-class CCERowMap(RowMap):
+class CCERowMap(AssignedRowMap):
     """Main rows by stored assignment, a helper row by hash; the helper rows follow the main ones in the column's table.
 
-    Buffers: ``assignments`` [V, c * A] (row of each main codebook, column by column; of a block of ids after
-    :meth:`keep_block`), ``helper_coefficients`` int64 [1 + c] and ``version`` (how many times it was re-clustered).
+    The c * A assignments of an id are the rows of the main codebooks, column by column. Buffers beside them:
+    ``helper_coefficients`` int64 [1 + c] and ``version`` (how many times it was re-clustered).
     """
 
-    bounded = True
-    assignments: Tensor
     helper_coefficients: Tensor | None
     version: Tensor
 
@@ -68,59 +60,37 @@ class CCERowMap(RowMap):
         embedding_dim: int,
         device: torch.device | None,
     ) -> None:
-        super().__init__()
         columns, assigned = codebooks.num_columns, codebooks.num_assigned
-        self.num_embeddings, self.first_id = num_embeddings, 0
+        super().__init__(codebooks.storage, codebooks.num_rows, columns * assigned, key, num_embeddings, device)
         self.num_assigned, self.level_rows = assigned, codebooks.num_rows
         self.num_main_rows, self.num_helper_rows = assigned * codebooks.num_rows, codebooks.num_helper_rows
         self.rows_per_id = assigned + (self.num_helper_rows > 0)
         self.columns = (Column(self.num_main_rows + self.num_helper_rows, embedding_dim // columns),) * columns
-        self._key = key
-        dtype = smallest_int_dtype(codebooks.num_rows)
         helper = torch.empty(1 + columns, dtype=torch.int64, device=device) if self.num_helper_rows else None
-        self.register_buffer("assignments", torch.empty(num_embeddings, columns * assigned, dtype=dtype, device=device))
         self.register_buffer("helper_coefficients", helper)
         self.register_buffer("version", torch.empty((), dtype=torch.int64, device=device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Hash every id to main rows, the start before anything is learned."""
-        device = self.assignments.device
         self.version.zero_()
         if self.helper_coefficients is not None:
             self.helper_coefficients.copy_(self.draw_helper_coefficients(0))
-        if device.type == "meta":
-            return
-        coefficients = hash_coefficients(self.assignments.shape[1], *self._key, "main", device=device)
-        for rows_N in id_chunks(len(self.assignments), device):
-            hashed_FN = hash_rows(rows_N + self.first_id, coefficients, self.level_rows)
-            self.assignments[rows_N[0] : rows_N[-1] + 1] = hashed_FN.T
-
-    def keep_block(self, first_id: int, end: int, device: torch.device) -> None:
-        """Hold the assignments of ids ``first_id .. end - 1`` only; other ids must not be asked for from then on."""
-        self.first_id = first_id
-        if self.assignments.device.type == "meta":
-            width = self.assignments.shape[1]
-            self.assignments = torch.empty(end - first_id, width, dtype=self.assignments.dtype, device=device)
-            for name, buffer in self.named_buffers():
-                if buffer.device.type == "meta":
-                    setattr(self, name, torch.empty_like(buffer, device=device))
-            self.reset_parameters()
-        else:
-            self.assignments = self.assignments[first_id:end].to(device, copy=True)
-
-    def stored_bytes(self) -> int:
-        """Of all ranks together where each holds a block."""
-        row_bytes = self.assignments.shape[1] * self.assignments.element_size()
-        return super().stored_bytes() + (self.num_embeddings - len(self.assignments)) * row_bytes
+        self.reset_assignments()
 
     def draw_helper_coefficients(self, version: int, *key: object) -> Tensor:
         """The helper hash functions that go with a version of the assignments, on the CPU."""
         return hash_coefficients(len(self.columns), *self._key, "helper", version, *key)
 
-    def replace(self, assignments: Tensor, helper_coefficients: Tensor | None) -> None:
-        """Put what a clustering found in place: the next version."""
-        self.assignments.copy_(assignments)
+    def replace(self, stored_NW: Tensor, ids_N: Tensor | None, helper_coefficients: Tensor | None) -> None:
+        """Put what a clustering found in place: the next version.
+
+        Args:
+            stored_NW: new assignments, encoded.
+            ids_N: whose they are; ``None`` for all ids of this rank.
+            helper_coefficients: fresh helper hashes.
+        """
+        self.put(stored_NW, ids_N)
         if self.helper_coefficients is not None:
             assert helper_coefficients is not None
             self.helper_coefficients.copy_(helper_coefficients)
@@ -129,11 +99,6 @@ class CCERowMap(RowMap):
     def main_rows(self, ids_N: Tensor) -> Tensor:
         """Row of each main codebook of each id, counted from that codebook's start: int64 [c * A, N]."""
         return self.assigned(ids_N).T.to(torch.int64)
-
-    def assigned(self, ids_N: Tensor) -> Tensor:
-        """The stored assignments of ids of this block: [N, c * A]."""
-        local_N = ids_N - self.first_id if self.first_id else ids_N
-        return torch.index_select(self.assignments, 0, local_N)  # twice as fast as indexing
 
     def helper_rows(self, ids_N: Tensor) -> Tensor:
         """Row of the helper codebook of each id, counted from its own start: int64 [c, N]."""
@@ -155,6 +120,8 @@ class CCERowMap(RowMap):
         return rows_CNR
 
     def source(self) -> RowSource | None:
+        if not self.has_plain_assignments:
+            return None
         assignments, coefficients = self.assignments, self.helper_coefficients  # a buffer takes its time to find
         return RowSource(
             num_ids=len(assignments),
@@ -173,8 +140,7 @@ class CCERowMap(RowMap):
             return False
         return write_assigned_rows(
             ids_N,
-            self.assignments,
-            self.first_id,
+            self.assigned_here(),
             self.helper_coefficients,
             self.num_helper_rows,
             values_M,
@@ -196,8 +162,12 @@ class CCE(RowMethod):
         num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide.
         num_helper_rows: k', rows of each column's helper codebook; ``None`` for as many as the main one.
         seed: of the hash functions; the table's name is part of the seed.
+        bit_packed: whether assignments take ceil(log2 k) bits instead of 1, 2 or 4 bytes; results are the same.
+        num_assigned_ids: N, how many ids have stored assignments; ``None`` for all. Each re-clustering gives them to the ids
+            of the largest weights; the others stay hashed.
 
-    Stored beside the parameters: V x c assignments of 1, 2 or 4 bytes (the narrowest that holds k).
+    Stored beside the parameters: V x c assignments of 1, 2 or 4 bytes (the narrowest that holds k), or of the bits that k
+    takes, filled up to a byte an id. With ``num_assigned_ids``: N instead of V, and 4 bytes for each of those ids.
 
     Paper: Tsang & Ahle, "Clustering the Sketch: Dynamic Compression for Embedding Tables", NeurIPS 2023, arXiv 2210.05974.
     There the helper starts at zero after a clustering; here at the mean residual, which loses less of what was learned.
@@ -215,10 +185,13 @@ class CCE(RowMethod):
     num_columns: int = 8
     num_helper_rows: int | None = None
     seed: int = 0
+    bit_packed: bool = False
+    num_assigned_ids: int | None = None
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows, num_helper_rows=self.helper_rows)
         check_positive(num_columns=self.num_columns)
+        AssignmentStorage(bit_packed=self.bit_packed, num_assigned_ids=self.num_assigned_ids)
 
     @property
     def helper_rows(self) -> int:
@@ -226,7 +199,14 @@ class CCE(RowMethod):
         return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
 
     def sizes(self) -> dict[str, Any]:
-        return {**super().sizes(), "num_helper_rows": self.helper_rows}
+        stored = ("bit_packed", "num_assigned_ids")
+        sizes = {name: value for name, value in super().sizes().items() if name not in stored}
+        return {**sizes, "num_helper_rows": self.helper_rows, **self.storage.sizes()}
+
+    @property
+    def storage(self) -> AssignmentStorage:
+        """Of the assignments."""
+        return AssignmentStorage(bit_packed=self.bit_packed, num_assigned_ids=self.num_assigned_ids)
 
     @property
     def num_assigned(self) -> int:
@@ -266,5 +246,6 @@ class CCE(RowMethod):
             num_assigned=self.num_assigned,
             num_rows=self.num_rows,
             num_helper_rows=self.helper_rows,
+            storage=self.storage,
         )
         return CCERowMap(codebooks, (self.seed, table, CCE.key), num_embeddings, embedding_dim, device)

@@ -16,7 +16,7 @@ from cce_torchrec.methods.base import (
     default_num_columns,
     id_chunks,
 )
-from cce_torchrec.methods.cce import smallest_int_dtype
+from cce_torchrec.methods.encoding import smallest_int_dtype
 from cce_torchrec.methods.flat_memory import (
     budget_cells,
     check_cells,
@@ -59,12 +59,28 @@ class CCERobeDecoder(Decoder):
             fill_memory(memory_M, self._std * 0.5**0.5)  # two of them are added
         self.version.zero_()
         self.helper_coefficients.copy_(self.draw_helper_coefficients(0))
-        device = self.offsets.device
-        if device.type == "meta":
+        if self.offsets.device.type == "meta":
             return
+        self._hash_from(0)
+
+    def _hash_from(self, first_id: int) -> None:
+        """Store the hashes of the ids from one on."""
+        device = self.offsets.device
         coefficients = hash_coefficients(self.num_columns, *self._key, "main", device=device)
-        for ids_N in id_chunks(self.num_embeddings, device):
+        for rows_N in id_chunks(self.num_embeddings - first_id, device):
+            ids_N = rows_N + first_id
             self.offsets[ids_N[0] : ids_N[-1] + 1] = hash_rows(ids_N, coefficients, len(self.memory)).T
+
+    @property
+    def can_grow(self) -> bool:
+        return True
+
+    def grow(self, num_embeddings: int) -> None:
+        before, self.num_embeddings = self.num_embeddings, num_embeddings
+        more_NC = self.offsets.new_empty(num_embeddings - before, self.num_columns)
+        self.offsets = torch.cat([self.offsets, more_NC])
+        if self.offsets.device.type != "meta":
+            self._hash_from(before)
 
     def draw_helper_coefficients(self, version: int, *key: object) -> Tensor:
         """The helper hash functions that go with a version of the offsets, on the CPU."""

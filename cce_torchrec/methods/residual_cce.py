@@ -31,8 +31,11 @@ class ResidualCCE(CCE):
         num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide.
         num_helper_rows: k', rows of each column's hashed codebook; ``None`` for as many as the others.
         seed: of the hash functions; the table's name is part of the seed.
+        bit_packed: as for :class:`CCE`.
+        num_assigned_ids: as for :class:`CCE`.
 
-    Stored beside the parameters: V x c x (L - 1) assignments of 1, 2 or 4 bytes (the narrowest that holds k).
+    Stored beside the parameters: V x c x (L - 1) assignments of 1, 2 or 4 bytes (the narrowest that holds k), or less as for
+    :class:`CCE`.
 
     Raises:
         ValueError: sizes below 1, fewer than 2 levels.

@@ -96,9 +96,8 @@ def _footprint(
             row_map, devices.recluster, devices.world_size, devices.device_type, is_sharded
         )
         if is_sharded:
-            of_ids = row_map.assignments.numel() * row_map.assignments.element_size()
-            block = -(-row_map.num_embeddings // devices.world_size) * (of_ids // row_map.num_embeddings)
-            assignments += block - of_ids
+            elsewhere = row_map.num_embeddings - -(-row_map.num_embeddings // devices.world_size)
+            assignments -= elsewhere * row_map.encoding.width * row_map.encoding.dtype.itemsize
     return Footprint(
         codebooks=codebooks,
         gradients=codebooks if placement == "replicated" else 0,

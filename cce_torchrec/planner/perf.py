@@ -24,6 +24,7 @@ from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods.cce import CCERowMap
+from cce_torchrec.methods.encoding import smallest_int_dtype
 
 _BY_TABLE = (
     ShardingType.TABLE_WISE.value,
@@ -110,7 +111,8 @@ def sent(
         fetched = 0.0
         if has_sharded_assignments(table.config):
             assert isinstance(table.row_map, CCERowMap)
-            fetched = ids * 8 / columns + ids * table.row_map.assignments.element_size() * table.row_map.num_assigned
+            fetched = ids * 8 / columns
+            fetched += ids * smallest_int_dtype(table.row_map.num_values).itemsize * table.row_map.num_assigned
         return Sent(others / world_size * fetched, 0.0, others / world_size * 2 * rows * dim * 4)
     if sharding_type in _BY_TABLE:
         width = table.row_map.columns[0].dim

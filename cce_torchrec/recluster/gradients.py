@@ -115,14 +115,14 @@ def record_gradients(module: nn.Module, on: bool = True, max_bytes: int = MAX_BY
         >>> model.id_gradients.by_table["t"].sums()[0]
         tensor([ 7, 42])
     """
-    for collection in _collections(module):
+    for collection in collections_to_recluster(module):
         if not on:
             collection.id_gradients = None
         elif collection.id_gradients is None:
             collection.id_gradients = IdGradients(list(reclusterable_tables(collection)), max_bytes)
 
 
-def _collections(module: nn.Module) -> list[Collection]:
+def collections_to_recluster(module: nn.Module) -> list[Collection]:
     """Those with tables to re-cluster."""
     found = (collection for collection in module.modules() if isinstance(collection, Collection))
     return [collection for collection in found if any(True for _ in reclusterable_tables(collection))]
@@ -135,7 +135,7 @@ def save_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) 
             file.unlink()
     recorded = {
         f"{index}.{table}": sums.sums()
-        for index, collection in enumerate(_collections(module))
+        for index, collection in enumerate(collections_to_recluster(module))
         if collection.id_gradients is not None
         for table, sums in collection.id_gradients.by_table.items()
     }
@@ -150,7 +150,7 @@ def load_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) 
     record_gradients(module, on=bool(files))
     for file in files[rank::world_size]:
         recorded = torch.load(file, map_location="cpu")
-        for index, collection in enumerate(_collections(module)):
+        for index, collection in enumerate(collections_to_recluster(module)):
             assert collection.id_gradients is not None
             for table, sums in collection.id_gradients.by_table.items():
                 sums.add(*recorded[f"{index}.{table}"])

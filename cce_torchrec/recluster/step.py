@@ -215,7 +215,7 @@ def _commit(collection: Collection, store: Store, new_tables: list[tuple[Lowered
             store.write_optimizer(name, state_RS, len(codebook))
             if store.trained_elsewhere(name):
                 _warn_of_stale_state(table, name)
-        table.row_map.replace(new.assignments, new.helper_coefficients)
+        table.row_map.replace(new.assignments, new.ids, new.helper_coefficients)
     names_and_books = [
         (n, b) for table, new in new_tables for n, b in zip(table.physical_names, new.codebooks, strict=True)
     ]

@@ -7,6 +7,9 @@
 Where a column has several codebooks with assignments, the second is fitted and assigned on the residuals of the first,
 and so on; M' is the mean of what the last one leaves.
 
+Where only some ids have stored assignments, K-means is fitted to those and moves those; the others keep the hash that they
+have, and count in the mean residuals.
+
 Each rank decodes and assigns its own block of ids; only sums, and at the end the assignments, travel.
 
 Shapes: V ids, N ids of a batch, C columns, A codebooks with assignments a column, K rows of each, R rows of a column
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, hash_rows
 from cce_torchrec.id_gradients import SumsById
+from cce_torchrec.methods.assignments import find_sorted
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
@@ -64,9 +68,13 @@ class TableState:
 
 @dataclass(frozen=True, kw_only=True)
 class NewTable:
-    """What replaces a :class:`TableState`, and how good it is; ``assignments`` of the ids that the row map holds."""
+    """What replaces a :class:`TableState`, and how good it is.
+
+    ``assignments`` are encoded, of the ids that the row map holds, or of the chosen ``ids``.
+    """
 
     assignments: Tensor
+    ids: Tensor | None
     helper_coefficients: Tensor | None
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
@@ -83,37 +91,30 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     """
     for column, codebook in enumerate(state.codebooks):
         check_finite(state.name, f"column {column}", codebook, codebook.shape[1])
-    row_map, num_ids = state.row_map, state.row_map.num_embeddings
-    block = Block.of_rank(num_ids, config.decode_batch_size, state.codebooks[0].device, collectives)
-    steps = gather_steps(
-        state.gradients,
-        block,
-        rate=config.gradient_step,
-        damping=config.gradient_damping,
-        collectives=collectives,
-    )
-    vectors = _Vectors(state, steps)
+    row_map, device = state.row_map, state.codebooks[0].device
+    chosen = row_map.choose_ids(state.weights_V)
+    block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, device, collectives, chosen)
+    vectors = _Vectors.of(state, block, config, collectives)
     centroids = _fit_centroids(state, vectors, block, derive_seed(seed, state.name), config, collectives)
     coefficients = None
     if row_map.num_helper_rows:
         coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
-    sums = _Sums(state, vectors, centroids, coefficients)
-    assignments = torch.empty(
-        block.stop - block.start,
-        row_map.assignments.shape[1],
-        dtype=row_map.assignments.dtype,
-        device=block.device,
-    )
-    for ids_N in block.batches():
-        assignments[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
+    sums = _Sums(state, centroids, coefficients)
+    assignments = row_map.assignments.new_empty(block.stop - block.start, row_map.encoding.width, device=device)
+    batches = assignments.split(config.decode_batch_size)
+    for ids_N, stored_NW in zip(block.batches(), batches, strict=False):  # an empty block still has one empty batch
+        stored_NW.copy_(row_map.encoding.encode(sums.add(ids_N, vectors)))
+    if chosen is not None:
+        _add_hashed_ids(sums, state, chosen, config, collectives)
     sums.reduce(collectives)
-    ids_N = moved_sample(num_ids, block)
-    after_CN = assignments[ids_N - block.start].T.to(torch.int64)
-    moved = moved_fraction(row_map.main_rows(ids_N), after_CN, row_map.level_rows, collectives)
-    if len(row_map.assignments) == num_ids:  # this rank holds those of all ids
+    places_N = moved_sample(row_map.num_embeddings if chosen is None else len(chosen), block)
+    after_CN = row_map.encoding.decode(assignments[places_N - block.start]).T.to(torch.int64)
+    moved = moved_fraction(row_map.main_rows(block.at(places_N)), after_CN, row_map.level_rows, collectives)
+    if chosen is not None or len(row_map.assignments) == row_map.num_embeddings:  # this rank holds those of all ids
         assignments = gather_assignments(assignments, collectives)
     return NewTable(
         assignments=assignments,
+        ids=chosen,
         helper_coefficients=coefficients,
         codebooks=sums.codebooks(),
         optimizer_state=sums.optimizer_state(),
@@ -123,12 +124,36 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     )
 
 
+def _add_hashed_ids(
+    sums: "_Sums", state: TableState, chosen: Tensor, config: ReclusterConfig, collectives: Collectives
+) -> None:
+    """Count the ids that have no stored assignments, each rank its share."""
+    row_map = state.row_map
+    block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, chosen.device, collectives)
+    vectors = _Vectors.of(state, block, config, collectives)
+    for ids_N in block.batches():
+        hashed_N = ids_N[~find_sorted(chosen, ids_N)[1]]
+        sums.add(hashed_N, vectors, row_map.hashed(hashed_N))
+
+
 @dataclass(frozen=True)
 class _Vectors:
     """The column vectors to cluster: what ids decode to, and their steps."""
 
     state: TableState
     steps: IdSteps | None
+
+    @classmethod
+    def of(cls, state: TableState, block: Block, config: ReclusterConfig, collectives: Collectives) -> "_Vectors":
+        """Those of the ids of a block; collective."""
+        steps = gather_steps(
+            state.gradients,
+            block.span(state.row_map.num_embeddings),
+            rate=config.gradient_step,
+            damping=config.gradient_damping,
+            collectives=collectives,
+        )
+        return cls(state, steps)
 
     def __call__(self, column: int, ids_N: Tensor, rows_NR: Tensor) -> Tensor:
         """[N, D] of some ids, given the rows of the column that they add up."""
@@ -151,9 +176,8 @@ def _fit_centroids(
     """K-means on a sample, column by column and level by level: [A, K, D] of each column."""
     num_rows = state.row_map.level_rows
     size = config.points_per_centroid * num_rows
-    ids_N, weights_N = sample(
-        state.weights_V, state.row_map.num_embeddings, block, size, derive_seed(seed, "sample"), collectives
-    )
+    num_ids = state.row_map.num_embeddings if block.ids is None else len(block.ids)
+    ids_N, weights_N = sample(state.weights_V, num_ids, block, size, derive_seed(seed, "sample"), collectives)
     centroids = []
     for column, codebook in enumerate(state.codebooks):
         batches = ids_N.split(config.decode_batch_size)
@@ -187,15 +211,8 @@ def _zeros(*shape: int, like: Tensor) -> Tensor:
 class _Sums:
     """What is added up while the ids go by, for all columns."""
 
-    def __init__(
-        self,
-        state: TableState,
-        vectors: _Vectors,
-        centroids: list[Tensor],
-        helper_coefficients: Tensor | None,
-    ) -> None:
-        self._state, self._vectors = state, vectors
-        self._centroids, self._helper_coefficients = centroids, helper_coefficients
+    def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor | None) -> None:
+        self._state, self._centroids, self._helper_coefficients = state, centroids, helper_coefficients
         self._num_main, num_helper = state.row_map.num_main_rows, state.row_map.num_helper_rows
         books, num_rows = state.codebooks, self._num_main + num_helper
         self._energy = _zeros(2, like=books[0])  # sum of |x|^2, sum of |x - centroid|^2
@@ -204,24 +221,27 @@ class _Sums:
         self._residual = [_zeros(num_helper, book.shape[1], like=book) for book in books]
         self._optimizer = [_zeros(num_rows, old.shape[1], like=old) for old in state.optimizer_state]
 
-    def add(self, ids_N: Tensor) -> Tensor:
-        """Assign a batch of ids and add them up; returns their assignments [N, C * A]."""
+    def add(self, ids_N: Tensor, vectors: _Vectors, fixed_AN: Tensor | None = None) -> Tensor:
+        """Assign a batch of ids, the nearest rows or fixed ones, and add them up; returns their assignments [N, C * A]."""
         weights_N = id_weights(self._state.weights_V, ids_N)
         helpers_CN: Tensor | None = None
         if self._helper_coefficients is not None:
             helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
         old_rows_CNR = self._state.rows(ids_N)
-        assignments = []
+        assignments: list[Tensor] = []
         for column, centroids_AKD in enumerate(self._centroids):
-            points_ND = self._vectors(column, ids_N, old_rows_CNR[column])
+            points_ND = vectors(column, ids_N, old_rows_CNR[column])
             self._energy[0] += points_ND.double().square().sum(dim=1) @ weights_N
             new_rows = []
             for level, centroids_KD in enumerate(centroids_AKD):
-                nearest_N, distance_N = assign_nearest(points_ND, centroids_KD)
-                points_ND = points_ND - centroids_KD[nearest_N]
-                assignments.append(nearest_N)
-                new_rows.append(nearest_N + level * len(centroids_KD))
-            self._energy[1] += distance_N.double() @ weights_N
+                if fixed_AN is None:
+                    assigned_N, _ = assign_nearest(points_ND, centroids_KD)
+                else:
+                    assigned_N = fixed_AN[len(assignments)]
+                points_ND = points_ND - centroids_KD[assigned_N]
+                assignments.append(assigned_N)
+                new_rows.append(assigned_N + level * len(centroids_KD))
+            self._energy[1] += points_ND.double().square().sum(dim=1) @ weights_N
             if helpers_CN is not None:
                 self._residual[column].index_add_(0, helpers_CN[column], points_ND.double() * weights_N[:, None])
                 new_rows.append(helpers_CN[column] + self._num_main)

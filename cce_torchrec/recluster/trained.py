@@ -48,7 +48,7 @@ def fit_to_trained(
             weights_V=None,
         )
         new = recluster_table(state, seed=seed, config=config, collectives=LocalCollectives())
-        row_map.replace(new.assignments, new.helper_coefficients)
+        row_map.replace(new.assignments, new.ids, new.helper_coefficients)
         for physical, codebook in zip(table.physical_names, new.codebooks, strict=True):
             collection.codebook(physical).copy_(codebook)
         logger.info("Table %r was fitted with a relative squared error of %.4f", name, new.relative_squared_error)

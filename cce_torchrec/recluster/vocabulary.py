@@ -4,7 +4,7 @@ Shapes: V ids, N ids of a batch, C columns.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,24 +17,40 @@ MOVED_SAMPLE = 65_536
 
 @dataclass(frozen=True)
 class Block:
-    """The ids of this rank, and how to walk through them."""
+    """The ids of this rank, and how to walk through them: ``start .. stop - 1``, or those at these places of a list."""
 
     start: int
     stop: int
     batch: int
     device: torch.device
+    ids: Tensor | None = None
 
     @classmethod
-    def of_rank(cls, num_ids: int, batch: int, device: torch.device, collectives: Collectives) -> "Block":
-        """An equal share of ``num_ids`` ids for each rank."""
-        share = -(-num_ids // collectives.world_size)
-        start = min(collectives.rank * share, num_ids)
-        return cls(start, min(start + share, num_ids), batch, device)
+    def of_rank(
+        cls, num_ids: int, batch: int, device: torch.device, collectives: Collectives, ids: Tensor | None = None
+    ) -> "Block":
+        """An equal share of ``num_ids`` ids, or of those listed in ``ids``, for each rank."""
+        total = num_ids if ids is None else len(ids)
+        share = -(-total // collectives.world_size)
+        start = min(collectives.rank * share, total)
+        return cls(start, min(start + share, total), batch, device, ids)
 
     def batches(self) -> Iterator[Tensor]:
         """The ids in order, a bounded number at a time."""
         for start in range(self.start, self.stop, self.batch):
-            yield torch.arange(start, min(start + self.batch, self.stop), device=self.device)
+            yield self.at(torch.arange(start, min(start + self.batch, self.stop), device=self.device))
+
+    def span(self, num_ids: int) -> "Block":
+        """Of all ``num_ids`` ids, those from this rank's first to before the next rank's first."""
+        if self.ids is None:
+            return self
+        last = len(self.ids)
+        start, stop = (int(self.ids[place]) if place < last else num_ids for place in (self.start, self.stop))
+        return replace(self, start=0 if self.start == 0 else start, stop=stop, ids=None)
+
+    def at(self, places_N: Tensor) -> Tensor:
+        """The ids at some places of the walk of all ranks."""
+        return places_N if self.ids is None else self.ids[places_N]
 
 
 def id_weights(weights_V: Tensor | None, ids_N: Tensor) -> Tensor:
@@ -74,7 +90,7 @@ def gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
 
 
 def moved_sample(num_ids: int, block: Block) -> Tensor:
-    """The ids of this rank on which :func:`moved_fraction` is measured, evenly spaced over those of all ranks."""
+    """The places of this rank's ids on which :func:`moved_fraction` is measured, evenly spaced over those of all ranks."""
     step = max(1, num_ids // MOVED_SAMPLE)
     first = min(-(-block.start // step) * step, block.stop)  # a short block may have none of them
     return torch.arange(first, block.stop, step, device=block.device)

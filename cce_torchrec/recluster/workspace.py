@@ -51,10 +51,12 @@ def recluster_workspace(
     num_ids, columns, dim = row_map.num_embeddings, len(row_map.columns), row_map.columns[0].dim
     params = 4 * sum(column.num_rows * column.dim for column in row_map.columns)
     rows = sum(column.num_rows for column in row_map.columns)
-    assignments = row_map.assignments.numel() * row_map.assignments.element_size()
+    row_bytes = row_map.encoding.width * row_map.encoding.dtype.itemsize
+    assignments = len(row_map.assignments) * row_bytes
     share = -(-num_ids // world_size)
-    own_assignments = share * (assignments // num_ids)
-    held = (own_assignments if is_sharded else assignments) + params
+    own_assignments = -(-len(row_map.assignments) // world_size) * row_bytes
+    chosen = 0 if row_map.warm_ids is None else 8 * len(row_map.warm_ids)
+    held = (own_assignments if is_sharded else assignments) + params + chosen
     points = min(share, -(-int(_SPREAD * config.points_per_centroid * row_map.level_rows) // world_size) + 1000)
     sample = points * (_POINT_BYTES + 3 * 4 * dim) + min(MAX_BOUND_BYTES, points * 4 * MAX_GROUPS)
     batch = min(config.decode_batch_size, share)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import data, gmf, page, plans, store
+from benchmarks.quality import data, gmf, page, plans, pointers, store
 from benchmarks.quality.gmf import Settings
 from benchmarks.quality.lookups import use_cheap_gradients
 from tests.example.archives import data_folder
@@ -158,3 +158,37 @@ def test_differences_are_over_the_same_seeds() -> None:
     base = page.Point("cce", [record("cce", 4_096, seed, 0.1 * seed) for seed in (1, 2, 3)])
     changed = page.Point("ce", [record("ce", 4_096, 2, 0.25)])
     assert changed.difference(base) == pytest.approx(0.05)
+
+
+def test_none_on_the_frontier_is_beaten_in_as_many_bytes() -> None:
+    random = np.random.default_rng(0)
+    cells = [
+        pointers.Cell(4, None, False, 0, int(size), round(float(bce), 1), 1)
+        for size, bce in zip(random.integers(1, 30, 60), random.random(60), strict=True)
+    ]
+    best = pointers.frontier(sorted(cells, key=lambda cell: (cell.num_bytes, cell.bce)))
+    expected = {
+        (c.num_bytes, c.bce)
+        for c in cells
+        if not any(o.num_bytes <= c.num_bytes and o.bce <= c.bce and o[4:6] != c[4:6] for o in cells)
+    }
+    assert [(c.num_bytes, c.bce) for c in best] == sorted(expected)
+
+
+def test_runs_from_before_a_setting_existed_are_found() -> None:
+    now = asdict(plans.lever_settings("gowalla", "as it is", 65_536, 1))
+    then = {name: value for name, value in now.items() if name != "warm_part"}
+    record = {"settings": then, "best_bce": 0.5}
+    assert store.found([record], lambda seed: plans.lever_settings("gowalla", "as it is", 65_536, seed)) == [record]
+    assert not pointers.is_of_grid(record)
+
+
+def test_the_grid_of_pointers_knows_its_runs_and_counts_their_bytes() -> None:
+    grid = pointers.grid("gowalla", [65_536], [1])
+    assert len({str(settings) for settings in grid}) == len(grid) == 12
+    assert all(pointers.is_of_grid({"settings": asdict(settings)}) for settings in grid)
+    quarter = pointers.settings("gowalla", 65_536, 8, 0.25, 1)
+    methods = gmf.methods_of(quarter, (2000, 4000))
+    assert [method.num_assigned_ids for method in methods] == [500, 1000]
+    # 512 rows: 9 bits, and 4 bytes an id; 9 and 9 hash coefficients and a version
+    assert gmf.packed_bytes(quarter, (2000, 4000), methods) == 4 * 65_536 + 1500 * (9 + 4) + 2 * 8 * (9 + 9 + 1)

@@ -51,7 +51,7 @@ class Snapshot:
         main_rows = lowered.config.method.num_rows
         return cls(
             vectors_VD=collection.dense_weight(table).double(),
-            assignments_VC=row_map.assignments.long(),
+            assignments_VC=row_map.assigned(torch.arange(lowered.config.num_embeddings)).long(),
             helpers_VC=row_map.helper_rows(torch.arange(lowered.config.num_embeddings)).T.clone(),
             main=[copy[:main_rows] for copy in copies],
             helper=[copy[main_rows:] for copy in copies],

@@ -235,7 +235,10 @@ def test_a_budget_that_cannot_be_met_names_the_table_and_changes_nothing() -> No
     [
         ({"compression": 2, "num_params": 100}, "compression=2 and num_params=100 are two budgets: give one"),
         ({"compression": 0.5}, "compression=0.5 is below 1"),
-        ({"options": {"rows": 3}}, r"options \['rows'\] are not fields of 'cce'; those are \['num_rows', .*'seed'\]"),
+        (
+            {"options": {"rows": 3}},
+            r"options \['rows'\] are not fields of 'cce'; those are \['num_rows', .*'num_assigned_ids'\]",
+        ),
     ],
 )
 def test_bad_rules(fields: dict[str, Any], message: str) -> None:

@@ -18,7 +18,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from cce_torchrec import CompressedEmbeddingBagConfig
 from cce_torchrec.lowering import lower_tables
 from cce_torchrec.methods import CCE, CE, QR, HashingTrick
-from cce_torchrec.methods.base import RowMethod
+from cce_torchrec.methods.base import RowMap, RowMethod
+from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.native import build, library, switched_off
 from cce_torchrec.native.nearest import NativeSearch, add_moments
 from cce_torchrec.recluster.kmeans import kmeans
@@ -48,6 +49,12 @@ METHODS: dict[str, RowMethod | None] = {
     "int32": CCE(num_rows=2**15 + 1, num_columns=2),
     "one column": CCE(num_rows=7, num_columns=1),
     "many columns": CCE(num_rows=300, num_columns=16, num_helper_rows=1),
+    "packed": CCE(num_rows=1000, num_columns=4, bit_packed=True),
+    "packed, one bit": CCE(num_rows=2, num_columns=16, bit_packed=True),
+    "packed, 31 bits": CCE(num_rows=2**31 - 1, num_columns=4, num_helper_rows=5, bit_packed=True),
+    "warm": CCE(num_rows=300, num_columns=8, num_assigned_ids=400),
+    "one warm": CCE(num_rows=7, num_columns=4, num_assigned_ids=1),
+    "warm and packed": CCE(num_rows=300, num_columns=4, bit_packed=True, num_assigned_ids=V - 1),
     "ce": CE(num_rows=2**31 - 1, num_columns=4),
     "hashing trick": HashingTrick(num_rows=10),
     "no kernel": QR(num_remainders=10),
@@ -70,10 +77,20 @@ def batch(configs: list[EmbeddingBagConfig], batch_size: int, dtype: torch.dtype
     return KeyedJaggedTensor(keys, ids.to(dtype), lengths=lengths, weights=torch.rand(len(ids)))
 
 
+def warm_up(row_map: RowMap) -> None:
+    """Give the slots of a row map to some ids, and anything to those ids."""
+    if isinstance(row_map, CCERowMap) and row_map.warm_ids is not None:
+        ids = torch.randperm(V)[: len(row_map.warm_ids) - len(row_map.warm_ids) // 9].sort().values
+        shape = (len(ids), row_map.assignments_per_id)
+        row_map.put(row_map.encoding.encode(torch.randint(row_map.num_values, shape)), ids)
+
+
 def rewriter(
     configs: list[EmbeddingBagConfig], share: slice = slice(None), repeated: int = 0, **options: BoundsCheckMode
 ) -> RowRewriter:
     lowered = lower_tables(configs, [None] * len(configs))
+    for one in lowered:
+        warm_up(one.row_map)
     names = [name for one in lowered for name in one.physical_names][share]
     return RowRewriter(lowered, names + names[:repeated], True, options.get("mode", BoundsCheckMode.FATAL))
 
@@ -98,7 +115,10 @@ def test_a_rewrite_is_that_of_pytorch(batch_size: int, share: slice) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["uint8", "int16", "int32", "many columns", "ce", "hashing trick"])
+@pytest.mark.parametrize(
+    "name",
+    ["uint8", "int16", "int32", "many columns", "packed", "packed, one bit", "packed, 31 bits", "ce", "hashing trick"],
+)
 @pytest.mark.parametrize("N", [0, 1, 511, 512, 513, 3000])
 def test_kernels_write_what_rows_returns_and_nothing_else(name: str, N: int) -> None:
     row_map = lower_tables([table("t", METHODS[name])], [None])[0].row_map
@@ -119,16 +139,36 @@ def test_kernels_write_what_rows_returns_and_nothing_else(name: str, N: int) -> 
 
 
 @needs_compiler
+@pytest.mark.parametrize("num_warm", [1, 2, 3, 17, 100, 999, V])
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_a_kernel_finds_the_ids_that_are_warm(num_warm: int, ids_dtype: torch.dtype) -> None:
+    row_map = lower_tables([table("t", CCE(num_rows=300, num_columns=4, num_assigned_ids=num_warm))], [None])[0].row_map
+    assert isinstance(row_map, CCERowMap)
+    row_map.warm_ids = row_map.warm_ids.to(ids_dtype)
+    warm = torch.randperm(V)[:num_warm].sort().values
+    assignments = torch.randint(300, (num_warm, 4))
+    row_map.put(row_map.encoding.encode(assignments), warm)
+    ids = torch.randint(V, (3001,))
+    values = torch.empty(4 * 2 * len(ids), dtype=torch.int64)
+    assert row_map.write_rows(ids, values, [c * 2 * len(ids) for c in range(4)])
+    found = dict(zip(warm.tolist(), assignments.tolist(), strict=True))
+    hashed = row_map.hashed(ids).T.tolist()
+    expected = [found.get(v, h) for v, h in zip(ids.tolist(), hashed, strict=True)]
+    assert values.view(4, len(ids), 2)[..., 0].T.tolist() == expected
+
+
+@needs_compiler
 @pytest.mark.parametrize("bad", [-1, V, 2**62, -(2**62)])
-def test_ids_out_of_bounds_take_the_usual_way(bad: int) -> None:
-    configs = [table("uint8", METHODS["uint8"])]
+@pytest.mark.parametrize("name", ["uint8", "packed"])
+def test_ids_out_of_bounds_take_the_usual_way(name: str, bad: int) -> None:
+    configs = [table(name, METHODS[name])]
     ids = torch.tensor([3, bad, 5])
-    features = KeyedJaggedTensor(["uint8/0"], ids, lengths=torch.ones(3, dtype=torch.int64), weights=torch.ones(3))
+    features = KeyedJaggedTensor([f"{name}/0"], ids, lengths=torch.ones(3, dtype=torch.int64), weights=torch.ones(3))
     with pytest.raises(IndexError, match=rf"id {bad} is outside"):
         rewriter(configs)(features)
     warned = rewriter(configs, mode=BoundsCheckMode.IGNORE)(features).values().view(4, 3, 2)
     zero = rewriter(configs)(
-        KeyedJaggedTensor(["uint8/0"], ids * 0, lengths=features.lengths(), weights=features.weights())
+        KeyedJaggedTensor([f"{name}/0"], ids * 0, lengths=features.lengths(), weights=features.weights())
     )
     assert torch.equal(warned[:, 1], zero.values().view(4, 3, 2)[:, 1])
     with pytest.raises((IndexError, RuntimeError)):  # nobody checks, yet nothing is read out of bounds

@@ -24,8 +24,8 @@ from cce_torchrec import (
     plan_compression,
     recluster,
 )
-from cce_torchrec.methods import CE, MethodConfig
-from cce_torchrec.methods.cce import smallest_int_dtype
+from cce_torchrec.methods import CE, HashingTrick, MethodConfig
+from cce_torchrec.methods.encoding import smallest_int_dtype
 from cce_torchrec.planner.expected_loss import expected_loss
 from cce_torchrec.planner.footprint import Devices, footprint
 from cce_torchrec.planner.traffic import Traffic
@@ -130,9 +130,12 @@ OPTIMIZERS = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_bytes_are_those_of_the_model(name: Any) -> None:
+@pytest.mark.parametrize(
+    "fields", [{}, {"bit_packed": True}, {"bit_packed": True, "num_assigned_ids": 12_345}], ids=str
+)
+def test_bytes_are_those_of_the_model(name: Any, fields: dict[str, Any]) -> None:
     tables = [table("t_big", 1_000_000), SMALL, table("t_mid", 20_000, 32)]
-    plan = plan_compression(tables, budget_bytes=50_000_000, optimizer=name, device_type="cpu")
+    plan = plan_compression(tables, budget_bytes=50_000_000, optimizer=name, device_type="cpu", methods={"cce": fields})
     assert {method.key for method in plan.methods.values()} == {"cce", "full"}
     model = compress(nn.Sequential(EmbeddingBagCollection(tables=tables)), plan)
     collection = model[0]
@@ -161,6 +164,8 @@ def test_bytes_are_those_of_the_model(name: Any) -> None:
         (CCE(num_rows=512, num_columns=8), 5_000, 32),
         (CCE(num_rows=256, num_columns=4), 100_000, 16),
         (ResidualCCE(num_rows=128, num_columns=4), 30_000, 32),
+        (CCE(num_rows=300, num_columns=4, bit_packed=True), 20_000, 16),
+        (CCE(num_rows=128, num_columns=4, num_assigned_ids=20_000), 30_000, 16),
     ],
 )
 def test_the_workspace_is_an_upper_bound(method: MethodConfig, num_ids: int, dim: int) -> None:
@@ -179,6 +184,15 @@ def test_the_workspace_is_an_upper_bound(method: MethodConfig, num_ids: int, dim
     assert measured <= sum(bound) <= 2.5 * measured + scores
 
 
+def test_ids_without_assignments_are_left_to_the_hash() -> None:
+    """Half of the lookups are of one id, which alone has stored assignments, and a row of its own."""
+    config, traffic = table("t", 3), Traffic.counted(np.array([2.0, 1.0, 1.0]))
+    hashed = expected_loss(HashingTrick(num_rows=5), config, traffic)
+    for num_ids, warm in ((1, 1 / 2), (2, 3 / 4), (3, 1), (7, 1)):
+        method = CCE(num_rows=9, num_columns=1, num_helper_rows=5, num_assigned_ids=num_ids)
+        assert expected_loss(method, config, traffic) == pytest.approx((1 - warm) * hashed)
+
+
 def test_several_devices() -> None:
     one = footprint(BIG, FullTable(), "row_wise", DEVICES)
     four = Devices(**{**vars(DEVICES), "world_size": 4})
@@ -188,6 +202,9 @@ def test_several_devices() -> None:
     in_block, whole = footprint(sharded, method, "replicated", four), footprint(BIG, method, "replicated", four)
     assert whole.assignments - in_block.assignments == 4 * 150_000
     assert whole.workspace - in_block.workspace == 4 * 150_000
+    packed = CCE(num_rows=33, num_columns=4, bit_packed=True)  # 4 x 6 bits
+    in_block, whole = footprint(sharded, packed, "replicated", four), footprint(BIG, packed, "replicated", four)
+    assert whole.assignments - in_block.assignments == whole.workspace - in_block.workspace == 3 * 150_000
 
 
 def test_ten_billion_ids() -> None:
