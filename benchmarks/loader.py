@@ -30,8 +30,8 @@ from dlrm_example.data import ColumnChoice
 from dlrm_example.data.generate import generate
 from dlrm_example.data.prepare import prepare
 from dlrm_example.data.prepare_config import PrepareConfig
+from dlrm_example.data.prepared import PreparedDataset, open_prepared
 from dlrm_example.data.sources import CRITEO_DENSE, CRITEO_LABEL, CRITEO_SPARSE
-from dlrm_example.data.streaming import PreparedDataset, open_prepared
 from dlrm_example.data.truth import Truth
 from dlrm_example.distributed import World, process_group
 from dlrm_example.model import build_model, build_optimizer, shard_model

@@ -35,7 +35,7 @@ from cce_torchrec.planner import (
     parameter_constraints,
     plan_compression,
 )
-from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster
+from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster, record_gradients
 from cce_torchrec.swap import CompressionRule, compress
 
 __all__ = [
@@ -74,4 +74,5 @@ __all__ = [
     "parameter_constraints",
     "plan_compression",
     "recluster",
+    "record_gradients",
 ]

@@ -18,6 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 from cce_torchrec.config import check_tables
 from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.dense_parts import DenseParts
+from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, check_layouts, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes
@@ -81,6 +82,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         names = {table.name: table.embedding_names for table in self.tables()}
         self._embedding_names = [name for config in self._configs for name in names[config.name]]
         self._decode = BagDecoder(self.decoded_tables, is_weighted, bounds_check_mode)
+        self.id_gradients: IdGradients | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -193,9 +195,12 @@ def _pooled(collection: CompressedEmbeddingBagCollection, features: KeyedJaggedT
     if collection.lowered_tables:
         pooled = collection._embedding_bag_collection(collection._rewrite(features))
         rows = collection._relabel(pooled, collection._relabel.factors(features))
-        if not collection.decoded_tables:
-            return rows
-    return join(rows, collection._decode(features), collection._embedding_names)
+    vectors = rows
+    if vectors is None or collection.decoded_tables:
+        vectors = join(rows, collection._decode(features), collection._embedding_names)
+    if collection.id_gradients is not None:
+        collection.id_gradients.observe(features, vectors)
+    return vectors
 
 
 def _weights_of_own_type(bag: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

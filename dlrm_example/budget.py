@@ -1,26 +1,29 @@
-"""Choose a method config for every table, so that all tables together stay within a parameter budget."""
+"""Choose a method config for every table: by a share of the parameters, by a cap of each table, or by bytes of a device."""
 
-from collections.abc import Mapping
+import logging
 
-from cce_torchrec import METHODS, CompressedEmbeddingBagConfig
+import torch
+
+from cce_torchrec import METHODS, CompressedEmbeddingBagConfig, plan_compression
 from cce_torchrec.methods import DecodeMethod, FullTable, MethodConfig
-from dlrm_example.config import OptionValue, TrainConfig, UsageError
+from dlrm_example.config import OptionValue, TrainConfig, UsageError, recluster_config
 from dlrm_example.data import DatasetInfo, SparseFeature
+
+logger = logging.getLogger(__name__)
 
 
 def plan_tables(info: DatasetInfo, config: TrainConfig) -> list[CompressedEmbeddingBagConfig]:
-    """One table a feature. Tables with few rows stay full; the others share what is left, in proportion to their rows.
+    """One table a feature, within `--compression`, `--max_params_per_table` or `--budget_bytes`, whichever is given.
 
     Raises:
-        UsageError: the budget is too small; it names the largest compression that works.
+        UsageError: the budget is too small; it names one that works.
     """
-    try:
-        methods = _methods(info, config, config.compression)
-    except ValueError as error:
-        largest = _largest_compression(info, config)
-        remedy = f"at most {largest:.4g} works here" if largest else "no compression works with these options"
-        flags = f"--compression {config.compression:g} with --method {config.method}"
-        raise UsageError(f"{flags}: {error} ({remedy})") from None
+    if config.max_params_per_table is not None:
+        methods = _capped(info, config, config.max_params_per_table)
+    elif config.budget_bytes is not None:
+        methods = _of_bytes(info, config, config.budget_bytes)
+    else:
+        methods = _compressed(info, config)
     tables = [_table(feature, methods[feature.name], config.embedding_dim) for feature in info.sparse_features]
     for table in tables:
         _check_columns(table)
@@ -35,6 +38,49 @@ def num_params(tables: list[CompressedEmbeddingBagConfig]) -> int:
 def full_params(info: DatasetInfo, embedding_dim: int) -> int:
     """Parameters of all tables together, were they full."""
     return sum(feature.num_embeddings for feature in info.sparse_features) * embedding_dim
+
+
+def _capped(info: DatasetInfo, config: TrainConfig, cap: int) -> dict[str, MethodConfig]:
+    """Tables that are no larger than the cap stay full; each other one is of the size of the cap."""
+    methods: dict[str, MethodConfig] = {}
+    for feature in info.sparse_features:
+        fits = feature.num_embeddings * config.embedding_dim <= cap
+        try:
+            methods[feature.name] = FullTable() if fits else _fit(feature, cap, config)
+        except ValueError as error:
+            raise UsageError(f"--max_params_per_table {cap} with --method {config.method}: {error}") from None
+    return methods
+
+
+def _of_bytes(info: DatasetInfo, config: TrainConfig, budget_bytes: int) -> dict[str, MethodConfig]:
+    """What :func:`cce_torchrec.plan_compression` chooses; tables of the data's most frequent lookups get the most."""
+    full = [_table(feature, FullTable(), config.embedding_dim) for feature in info.sparse_features]
+    counts = None if info.count_lookups is None else info.count_lookups()
+    try:
+        plan = plan_compression(
+            full,
+            budget_bytes=budget_bytes,
+            statistics=None if counts is None else {f"t_{name}": counts[name] for name in counts},
+            methods={config.method: _overrides(config)},
+            optimizer=config.embedding_optimizer,
+            recluster=recluster_config(config),
+            device_type="cuda" if torch.cuda.is_available() else "cpu",
+        )
+    except ValueError as error:
+        raise UsageError(f"--budget_bytes {budget_bytes}: {error}") from None
+    logger.info("%s", plan)
+    return {feature.name: plan.methods[f"t_{feature.name}"] for feature in info.sparse_features}
+
+
+def _compressed(info: DatasetInfo, config: TrainConfig) -> dict[str, MethodConfig]:
+    """Tables with few rows stay full; the others share what is left, in proportion to their rows."""
+    try:
+        return _methods(info, config, config.compression)
+    except ValueError as error:
+        largest = _largest_compression(info, config)
+        remedy = f"at most {largest:.4g} works here" if largest else "no compression works with these options"
+        flags = f"--compression {config.compression:g} with --method {config.method}"
+        raise UsageError(f"{flags}: {error} ({remedy})") from None
 
 
 def _methods(info: DatasetInfo, config: TrainConfig, compression: float) -> dict[str, MethodConfig]:
@@ -56,14 +102,19 @@ def _methods(info: DatasetInfo, config: TrainConfig, compression: float) -> dict
 
 
 def _fit(feature: SparseFeature, budget: int, config: TrainConfig) -> MethodConfig:
-    """The largest instance of the method within the budget; where it hashes, seeded by the run's seed."""
-    method = METHODS[config.method]
-    seed = {"seed": config.seed} if "seed" in method.__dataclass_fields__ else {}
-    overrides: Mapping[str, OptionValue] = {**seed, **config.method_options}
+    """The largest instance of the method within the budget."""
     try:
-        return method.from_budget(feature.num_embeddings, config.embedding_dim, budget, **overrides)
+        return METHODS[config.method].from_budget(
+            feature.num_embeddings, config.embedding_dim, budget, **_overrides(config)
+        )
     except ValueError as error:
         raise ValueError(f"table {feature.name!r}, whose share is {budget} parameters: {error}") from None
+
+
+def _overrides(config: TrainConfig) -> dict[str, OptionValue]:
+    """The fields of the method that are given; where it hashes, seeded by the run's seed."""
+    seed = {"seed": config.seed} if "seed" in METHODS[config.method].__dataclass_fields__ else {}
+    return {**seed, **config.method_options}
 
 
 def _largest_compression(info: DatasetInfo, config: TrainConfig) -> float | None:

@@ -2,7 +2,8 @@
 
 A folder holds what `cce_torchrec.checkpoint` writes, every rank's random state, and `trainer.json`: how far the training
 was, and of what config. That file is written last. The folder has a hidden name, `.step_N`, until all ranks have written
-all of it; then rank 0 renames it. What is called `step_N` is complete.
+all of it; then rank 0 renames it. What is called `step_N` is complete. `index.json` names the last of them, and the best by
+validation BCE. A save that fails, as on a full disk, leaves all of this as it was.
 
 Where to go on in the data is a function of the step: the order of an epoch's batches follows from the seed and its number.
 So does a re-clustering. Batches that the pipeline has in flight when a checkpoint is taken are read again.
@@ -17,17 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.optim import Optimizer
 
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from dlrm_example.config import TrainConfig, UsageError
-from dlrm_example.distributed import World, on_main_rank
+from dlrm_example.distributed import World, on_every_rank, on_main_rank
 from dlrm_example.progress import Progress
 from dlrm_example.random_state import load_random_state, save_random_state
 from dlrm_example.records import CHECKPOINTS, TRAINER, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
+INDEX = "index.json"
 KEEP_LAST = 2
 ROWS_A_STEP = "rows a step (batch_size x ranks)"  # among the settings
 MAY_DIFFER = (  # in the run that goes on; `batch_size` is compared as rows a step over all ranks
@@ -42,8 +45,12 @@ MAY_DIFFER = (  # in the run that goes on; `batch_size` is compared as rows a st
         "overwrite",
     ),
     *("checkpoint_every_epochs", "checkpoint_every_steps", "log_every_steps", "tensorboard", "print_sharding_plan"),
-    *("print_progress", "collective_timeout"),
+    *("print_progress", "collective_timeout", "checkpoint_best"),
 )
+
+
+class CheckpointFailedError(RuntimeError):
+    """A checkpoint could not be written; the same on every rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,27 +82,51 @@ class Checkpoints:
         self._folder = Path(config.run_dir) / CHECKPOINTS
         self._config, self._world = config, world
 
-    def is_due(self, step: int, steps_per_epoch: int) -> bool:
-        """After every so many steps; after every so many epochs, and after the last."""
+    def is_due(self, progress: Progress, steps_per_epoch: int) -> bool:
+        """After every so many steps; after every so many epochs, and after the last; when validation is the best so far."""
         every_epochs, every_steps = self._config.checkpoint_every_epochs, self._config.checkpoint_every_steps
-        if every_steps is not None and step % every_steps == 0:
+        if every_epochs == 0 and every_steps is None:
+            return False
+        if every_steps is not None and progress.step % every_steps == 0:
             return True
-        epoch, within = divmod(step, steps_per_epoch)
+        if self._config.checkpoint_best and progress.is_best:
+            return True
+        if progress.step_of(self._config.validation_auroc) is not None:
+            return True
+        epoch, within = divmod(progress.step, steps_per_epoch)
         return every_epochs > 0 and not within and (epoch % every_epochs == 0 or epoch == self._config.epochs)
 
     def save(self, model: nn.Module, optimizer: Optimizer, progress: Progress, metrics_bytes: int) -> None:
-        """Add a checkpoint; then remove all but the last two and the best."""
+        """Add a checkpoint; then remove all but the last two and the best.
+
+        Raises:
+            CheckpointFailedError: on every rank; the checkpoints before it are as they were.
+        """
         path = self._folder / f"step_{progress.step}"
         hidden = path.with_name(f".{path.name}")
-        on_main_rank(self._world, lambda: _make_empty(hidden))
-        save_random_state(hidden, self._world)
-        save_checkpoint(hidden, model, optimizer)  # returns when all ranks have written
         content = {
             "settings": settings_that_matter(self._config, self._world.size),
             "progress": progress.to_json(),
             "metrics_bytes": metrics_bytes,
         }
-        on_main_rank(self._world, lambda: self._show(hidden, path, content))
+        try:
+            on_main_rank(self._world, lambda: _make_empty(hidden))
+            on_every_rank(self._world, lambda: save_random_state(hidden, self._world))
+            save_checkpoint(hidden, model, optimizer)  # returns when all ranks have written
+            on_main_rank(self._world, lambda: self._show(hidden, path, content))
+        except (OSError, CheckpointException) as error:
+            if self._world.is_main:
+                shutil.rmtree(hidden, ignore_errors=True)
+            reason = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
+            raise CheckpointFailedError(
+                f"{path} could not be saved ({reason}); the last complete checkpoint is {self.last_path()}: if the disk is "
+                "full, make room; then go on with --resume"
+            ) from error
+
+    def last_path(self) -> str:
+        """Of the last complete checkpoint, in words."""
+        found = on_main_rank(self._world, lambda: complete_checkpoints(self._folder))
+        return str(found[-1].path) if found else "none"
 
     def _show(self, hidden: Path, path: Path, content: dict[str, Any]) -> None:
         write_json(hidden / TRAINER, content)
@@ -143,8 +174,10 @@ def complete_checkpoints(folder: Path) -> list[Checkpoint]:
 def remove_all_but_the_last_and_best(folder: Path) -> None:
     """Incomplete ones too; the best is, of those that were evaluated, the one with the lowest validation BCE."""
     found = complete_checkpoints(folder)
-    best = min(found, key=lambda each: each.val_bce)
-    kept = {each.path for each in found[-KEEP_LAST:]} | ({best.path} if math.isfinite(best.val_bce) else set())
+    last, best = found[-1], min(found, key=lambda each: each.val_bce)
+    was_evaluated = math.isfinite(best.val_bce)
+    write_json(folder / INDEX, {"last": last.path.name, "best": best.path.name if was_evaluated else None})
+    kept = {each.path for each in found[-KEEP_LAST:]} | ({best.path} if was_evaluated else set())
     for path in [*folder.glob("step_*"), *folder.glob(".step_*")]:
         if path not in kept:
             _remove(path)

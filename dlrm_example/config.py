@@ -5,17 +5,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args, get_type_hints
 
-from cce_torchrec import METHODS
+from cce_torchrec import METHODS, ReclusterConfig
 from dlrm_example.data import DATASETS
+from dlrm_example.data.multi_hot import DISTRIBUTIONS
+from dlrm_example.errors import UsageError
 
 INTERACTION_TYPES = ("original", "dcn", "projection")
 OPTIMIZER_STATES = ("reset", "carry")
+EMBEDDING_OPTIMIZERS = ("rowwise_adagrad", "adagrad", "sgd")
 
 OptionValue = int | float | bool | str
-
-
-class UsageError(ValueError):
-    """A flag's value is unknown, contradicts another, or asks for what cannot be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +28,20 @@ class TrainConfig:
     label_column: str | None = None
     dense_columns: tuple[str, ...] | None = None
     sparse_columns: tuple[str, ...] | None = None
+    num_embeddings_per_feature: tuple[int, ...] | None = None
+    multi_hot_sizes: tuple[int, ...] | None = None
+    multi_hot_distribution_type: Literal["uniform", "pareto"] = "uniform"
 
     method: str = "full"
     compression: float = 1.0
+    max_params_per_table: int | None = None
+    budget_bytes: int | None = None
     min_compressed_rows: int = 100
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     recluster_count: int = 6
     recluster_stop_after: float = 0.8
     recluster_optimizer_state: Literal["reset", "carry"] = "reset"
+    recluster_decode_batch_size: int = ReclusterConfig.decode_batch_size
 
     embedding_dim: int = 32
     dense_arch_layer_sizes: tuple[int, ...] = (64, 32)
@@ -50,6 +55,10 @@ class TrainConfig:
     learning_rate: float = 0.05
     eps: float = 1e-8
     adagrad: bool = False
+    embedding_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    lr_warmup_steps: int = 0
+    lr_decay_start: int = 0
+    lr_decay_steps: int = 0
     epochs: int = 10
     batch_size: int = 1024
     global_batch_size: int | None = None
@@ -58,10 +67,14 @@ class TrainConfig:
     limit_val_batches: int | None = None
     limit_test_batches: int | None = None
     validation_freq_within_epoch: int | None = None
+    validation_auroc: float | None = None
+    evaluate_on_epoch_end: bool = True
+    evaluate_on_training_end: bool = False
     seed: int = 1
 
     checkpoint_every_epochs: int = 1
     checkpoint_every_steps: int | None = None
+    checkpoint_best: bool = True
     resume: bool = False
     collective_timeout: float = 600.0
     num_threads: int = 1
@@ -77,12 +90,22 @@ class TrainConfig:
         _check_choice("method", self.method, METHODS)
         _check_choice("recluster_optimizer_state", self.recluster_optimizer_state, OPTIMIZER_STATES)
         _check_choice("interaction_type", self.interaction_type, INTERACTION_TYPES)
+        _check_choice("multi_hot_distribution_type", self.multi_hot_distribution_type, DISTRIBUTIONS)
+        _check_choice("embedding_optimizer", self.embedding_optimizer, EMBEDDING_OPTIMIZERS)
         _check_data(self)
         _check_numbers(self)
+        _check_schedule(self)
         _check_compression(self)
         _check_layers(self)
         if self.resume and self.overwrite:
             raise UsageError("--resume continues what --overwrite would replace; give one of them")
+
+
+def recluster_config(config: TrainConfig) -> ReclusterConfig:
+    """How a training re-clusters, and what memory for it a budget counts."""
+    return ReclusterConfig(
+        optimizer_state=config.recluster_optimizer_state, decode_batch_size=config.recluster_decode_batch_size
+    )
 
 
 def default_compression(method: str) -> float:
@@ -154,8 +177,12 @@ _POSITIVE = (
     *("embedding_dim", "dcn_num_layers", "dcn_low_rank_dim", "min_compressed_rows", "learning_rate", "eps", "epochs"),
     *("batch_size", "test_batch_size", "num_threads", "validation_freq_within_epoch", "collective_timeout"),
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "log_every_steps"),
-    *("global_batch_size", "checkpoint_every_steps"),
+    *("global_batch_size", "checkpoint_every_steps", "max_params_per_table", "budget_bytes"),
+    "recluster_decode_batch_size",
 )
+
+
+_SIZES = ("num_embeddings_per_feature", "multi_hot_sizes")
 
 
 def _check_data(config: TrainConfig) -> None:
@@ -166,8 +193,12 @@ def _check_data(config: TrainConfig) -> None:
             raise UsageError(
                 "--discard_last is for movielens_100k; how parquet is split is up to dlrm_example.data.prepare"
             )
+        for name in _SIZES:
+            sizes = getattr(config, name)
+            if sizes is not None and min(sizes) < 1:
+                raise UsageError(f"--{name} {_joined(sizes)} must be numbers above 0")
         return
-    for name in ("label_column", "dense_columns", "sparse_columns"):
+    for name in ("label_column", "dense_columns", "sparse_columns", *_SIZES):
         if getattr(config, name) is not None:
             raise UsageError(f"--{name} is for --dataset_name parquet; {config.dataset_name} has columns of its own")
 
@@ -177,7 +208,10 @@ def _check_numbers(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name} is {value}; it must be above 0")
-    for name in ("discard_last", "recluster_count", "seed", "checkpoint_every_epochs"):
+    for name in (
+        *("discard_last", "recluster_count", "seed", "checkpoint_every_epochs"),
+        *("lr_warmup_steps", "lr_decay_start", "lr_decay_steps"),
+    ):
         if getattr(config, name) < 0:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be 0 or more")
     if config.embedding_dim % 4:
@@ -188,11 +222,26 @@ def _check_numbers(config: TrainConfig) -> None:
         raise UsageError(f"--recluster_stop_after is {config.recluster_stop_after}; it is a fraction of training")
 
 
+def _check_schedule(config: TrainConfig) -> None:
+    if config.lr_decay_steps and config.lr_decay_start < config.lr_warmup_steps:
+        raise UsageError(
+            f"--lr_decay_start {config.lr_decay_start} is before the warm-up ends, --lr_warmup_steps "
+            f"{config.lr_warmup_steps}; the learning rate rises first, then falls"
+        )
+    if config.validation_auroc is not None and not 0.5 < config.validation_auroc <= 1:
+        raise UsageError(f"--validation_auroc is {config.validation_auroc}; it must be above 0.5 and at most 1")
+
+
 def _check_compression(config: TrainConfig) -> None:
     if not (config.compression >= 1 and math.isfinite(config.compression)):
         raise UsageError(f"--compression is {config.compression}; it must be 1 or more")
-    if config.method == "full" and config.compression != 1:
-        raise UsageError(f"--method full cannot have --compression {config.compression:g}; choose another method")
+    sizes = {"compression": config.compression if config.compression != 1 else None}
+    sizes |= {"max_params_per_table": config.max_params_per_table, "budget_bytes": config.budget_bytes}
+    given = [f"--{name} {value:g}" for name, value in sizes.items() if value is not None]
+    if config.method == "full" and given:
+        raise UsageError(f"--method full cannot have {given[0]}; choose another method")
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} are different ways to size the tables; give one")
 
 
 def _check_layers(config: TrainConfig) -> None:

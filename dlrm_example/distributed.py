@@ -83,13 +83,20 @@ def on_main_rank(world: World, action: Callable[[], T]) -> T:
     return result
 
 
-def mean_over_ranks(values: torch.Tensor, world: World) -> list[float]:
-    """The mean of each of every rank's numbers, on all ranks."""
-    if world.size == 1:
-        return values.tolist()
-    totals = values.detach().clone()
-    dist.all_reduce(totals)
-    return [total / world.size for total in totals.tolist()]
+def on_every_rank(world: World, action: Callable[[], None]) -> None:
+    """Run a local action on every rank. What it raises on any of them, every rank raises; of several, the first rank's."""
+    failure: Exception | None = None
+    try:
+        action()
+    except Exception as error:
+        failure = error
+    failures = [failure]
+    if world.size > 1:
+        failures = [None] * world.size
+        dist.all_gather_object(failures, failure)
+    for each in failures:
+        if each is not None:
+            raise each
 
 
 def restarts() -> int:

@@ -27,12 +27,13 @@ logger = logging.getLogger(__name__)
 def build_model(tables: list[CompressedEmbeddingBagConfig], info: DatasetInfo, config: TrainConfig) -> DLRMTrain:
     """The model on the CPU, unsharded; its weights are a function of the global random state only.
 
-    Codebooks carry a row-wise Adagrad that FBGEMM runs inside the backward pass; the dense parameters of decode methods and
+    Codebooks carry an optimizer that FBGEMM runs inside the backward pass; the dense parameters of decode methods and
     projections are the dense layers' optimizer's.
     """
     collection = CompressedEmbeddingBagCollection(tables=list(tables), device=torch.device("cpu"))
-    settings = {"lr": config.learning_rate, "eps": config.eps}
-    apply_optimizer_in_backward(RowWiseAdagrad, collection.codebook_parameters(), settings)
+    optimizer = _EMBEDDING_OPTIMIZERS[config.embedding_optimizer]
+    settings = {"lr": config.learning_rate} | ({} if optimizer is torch.optim.SGD else {"eps": config.eps})
+    apply_optimizer_in_backward(optimizer, collection.codebook_parameters(), settings)
     return DLRMTrain(_INTERACTIONS[config.interaction_type](collection, len(info.dense_names), config))
 
 
@@ -99,6 +100,11 @@ def _projection(collection: nn.Module, num_dense: int, config: TrainConfig) -> D
     )
 
 
+_EMBEDDING_OPTIMIZERS: Mapping[str, type[Optimizer]] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
 _INTERACTIONS: Mapping[str, Callable[[nn.Module, int, TrainConfig], DLRM]] = {
     "original": _original,
     "dcn": _dcn,

@@ -8,7 +8,7 @@ from dlrm_example.metrics import Scores
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Scores at one point of training; `test` only where validation was better than ever before."""
+    """Scores at one point of training; `test` only where it was asked for."""
 
     step: int
     epoch: int
@@ -36,6 +36,22 @@ class Progress:
     def best(self) -> Evaluation | None:
         """The evaluation with the lowest validation BCE."""
         return min(self.evaluations, key=lambda evaluation: evaluation.val.bce, default=None)
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the weights as they are were evaluated, and as better than ever before."""
+        best = self.best
+        return best is not None and best is self.evaluations[-1] and best.step == self.step
+
+    def improves(self, val: Scores) -> bool:
+        """Whether these scores would be the best."""
+        return self.best is None or val.bce < self.best.val.bce
+
+    def step_of(self, auroc: float | None) -> int | None:
+        """Where the first evaluation was that had such a validation AUROC."""
+        if auroc is None:
+            return None
+        return next((evaluation.step for evaluation in self.evaluations if evaluation.val.auroc >= auroc), None)
 
     def to_json(self) -> dict[str, Any]:
         """What JSON can hold, exactly."""

@@ -11,11 +11,18 @@ from dlrm_example.distributed import World
 
 
 def save_random_state(folder: Path, world: World) -> None:
-    """Write this rank's state."""
+    """Write this rank's state.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     state = {"cpu": torch.get_rng_state()}
     if world.device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(world.device)
-    torch.save(state, _file(folder, world))
+    try:
+        torch.save(state, _file(folder, world))
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(str(error)) from error
 
 
 def load_random_state(folder: Path, world: World) -> None:

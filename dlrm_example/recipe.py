@@ -1,19 +1,11 @@
-"""The settings that the quickstart and the MovieLens benchmark share: the same for every method.
-
-They were chosen with `--discard_last 2`, which puts the interactions that are reported on out of sight.
-"""
+"""The settings that the quickstart and the MovieLens benchmark share, the same for every method: a preset's."""
 
 from typing import Any
 
 from dlrm_example.config import TrainConfig, default_compression
+from dlrm_example.preset_files import read_preset
 
-SETTINGS: dict[str, Any] = {
-    "adagrad": True,
-    "learning_rate": 0.05,
-    "epochs": 6,
-    "recluster_count": 4,
-    "checkpoint_every_epochs": 0,
-}
+SETTINGS: dict[str, Any] = {**read_preset("movielens_100k"), "checkpoint_every_epochs": 0}
 
 
 def movielens_config(method: str, run_dir: str, **changes: Any) -> TrainConfig:

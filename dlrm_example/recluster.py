@@ -14,18 +14,19 @@ from pathlib import Path
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from cce_torchrec import ReclusterConfig, ReclusterReport, recluster
+from cce_torchrec import ReclusterReport, recluster
+from dlrm_example.board import Board
 from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import ROWS_A_STEP, Checkpoint, Checkpoints, complete_checkpoints
 from dlrm_example.commands import exit_code
-from dlrm_example.config import TrainConfig, UsageError, divide_global_batch
+from dlrm_example.config import TrainConfig, UsageError, divide_global_batch, recluster_config
 from dlrm_example.console import log_of_this_rank, set_up_logging
 from dlrm_example.distributed import World, on_main_rank, process_group
 from dlrm_example.model import build_model, build_optimizer, shard_model
-from dlrm_example.progress import Progress
+from dlrm_example.reclustering import record_reclustering
 from dlrm_example.records import CHECKPOINTS, SUMMARY, RunFiles, read_config
 from dlrm_example.train import about_this_run, load_dataset, make_loaders, set_up_process
-from dlrm_example.trainer import Loaders, evaluation
+from dlrm_example.trainer import evaluation
 
 logger = logging.getLogger("dlrm_example.recluster")  # under `python -m`, __name__ is "__main__"
 
@@ -55,11 +56,13 @@ def recluster_run(run_dir: Path, output_dir: Path, seed: int) -> None:
         checkpoints = Checkpoints(config, world)
         progress = checkpoints.load(checkpoint, model, optimizer)
         loaders = make_loaders(dataset, config, world)
-        before = evaluation(model, loaders, progress, world, show_progress=False)
+        before = evaluation(model, loaders, progress, world, progress.improves)
         report = _recluster(model, optimizer, seed, config)
         files = RunFiles(str(output_dir), world.is_main)
         on_main_rank(world, lambda: files.start_from(run_dir, config, about_this_run(), checkpoint.metrics_bytes))
-        _account(report, progress, model, loaders, files, world)
+        record_reclustering(report, report.seconds, progress, model, files, Board(None, progress.step))
+        progress.evaluations.append(evaluation(model, loaders, progress, world, progress.improves))
+        files.log_evaluation(progress.evaluations[-1])
         checkpoints.save(model, optimizer, progress, files.metrics_bytes())
         logger.info("re-clustered %s into %s:\n%s", checkpoint.path, output_dir, report)
         logger.info("val bce %.4f before, %.4f after", before.val.bce, progress.evaluations[-1].val.bce)
@@ -85,27 +88,10 @@ def _recluster(
     model: DistributedModelParallel, optimizer: CombinedOptimizer, seed: int, config: TrainConfig
 ) -> ReclusterReport:
     try:
-        settings = ReclusterConfig(optimizer_state=config.recluster_optimizer_state)
+        settings = recluster_config(config)
         return recluster(model, seed=seed, config=settings, optimizer=optimizer)
     except ValueError as error:
         raise UsageError(f"this checkpoint cannot be re-clustered: {error}") from error
-
-
-def _account(
-    report: ReclusterReport,
-    progress: Progress,
-    model: DistributedModelParallel,
-    loaders: Loaders,
-    files: RunFiles,
-    world: World,
-) -> None:
-    """Write down the re-clustering and the scores after it, as a training does."""
-    progress.reclusterings += 1
-    progress.recluster_seconds += report.seconds
-    row = {"event": "recluster", "step": progress.step, "epoch": progress.epoch, "seconds": report.seconds}
-    files.log(**row, tables=[dataclasses.asdict(table) for table in report.tables])
-    progress.evaluations.append(evaluation(model, loaders, progress, world, show_progress=False))
-    files.log_evaluation(progress.evaluations[-1])
 
 
 def _parser() -> argparse.ArgumentParser:

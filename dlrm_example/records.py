@@ -28,10 +28,11 @@ TRAINER = "trainer.json"  # in each checkpoint's folder
 class Summary:
     """What a finished run comes to.
 
-    `best_val_bce` and `best_val_auroc` are each the best of all evaluations; `test_bce` and `test_auroc` were measured
-    at the evaluation with the best validation BCE. `train_seconds` leaves out evaluations and re-clusterings. `samples`
-    are rows seen by all ranks, and `embedding_bytes` what all tables store, parameters, assignments and the coefficients of
-    hashes; both are 0 in summaries from before they were counted.
+    `best_val_bce` and `best_val_auroc` are each the best of all evaluations. Test scores were measured at the evaluation
+    with the best validation BCE; under `--evaluate_on_training_end` at the last. `train_seconds` leaves out evaluations and
+    re-clusterings. `samples` are rows seen by all ranks, and `embedding_bytes` what all tables store, parameters,
+    assignments and the coefficients of hashes; both are 0 in summaries from before they were counted.
+    `target_auroc_step` is where `--validation_auroc` was reached, if it was.
     """
 
     method: str
@@ -53,6 +54,9 @@ class Summary:
     seed: int
     samples: int = 0
     embedding_bytes: int = 0
+    test_ne: float | None = None
+    test_calibration: float | None = None
+    target_auroc_step: int | None = None
 
 
 class RunFiles:
@@ -133,7 +137,7 @@ class RunFiles:
         if train_bce is not None:
             self.log(event="eval", split="train", **where, bce=train_bce, auroc=None)
         for split, scores in evaluation.by_split().items():
-            self.log(event="eval", split=split, **where, bce=scores.bce, auroc=scores.auroc)
+            self.log(event="eval", split=split, **where, **dataclasses.asdict(scores))
 
     def finish(self, summary: Summary) -> None:
         if self._is_main:

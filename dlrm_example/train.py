@@ -14,14 +14,14 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, ReclusterSchedule
+from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterSchedule
 from cce_torchrec.memory import MemoryReport
 from dlrm_example.board import Board, check_tensorboard
 from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from dlrm_example.cli import parse_config
 from dlrm_example.commands import exit_code
-from dlrm_example.config import TrainConfig, divide_global_batch
+from dlrm_example.config import TrainConfig, divide_global_batch, recluster_config
 from dlrm_example.console import is_main_process, log_of_this_rank, set_up_logging
 from dlrm_example.data import DATASETS, ColumnChoice, Dataset
 from dlrm_example.distributed import World, elastic_job, main_rank_first, on_main_rank, process_group, restarts
@@ -95,7 +95,14 @@ def load_dataset(config: TrainConfig, world: World) -> Dataset:
 
 def open_dataset(config: TrainConfig) -> Dataset:
     """The data set, as one process opens it."""
-    columns = ColumnChoice(label=config.label_column, dense=config.dense_columns, sparse=config.sparse_columns)
+    columns = ColumnChoice(
+        label=config.label_column,
+        dense=config.dense_columns,
+        sparse=config.sparse_columns,
+        num_embeddings=config.num_embeddings_per_feature,
+        multi_hot_sizes=config.multi_hot_sizes,
+        multi_hot_distribution=config.multi_hot_distribution_type,
+    )
     return DATASETS[config.dataset_name](config.data_path, discard_last=config.discard_last, columns=columns)
 
 
@@ -166,7 +173,7 @@ def make_schedule(
         count=config.recluster_count,
         stop_after_fraction=config.recluster_stop_after,
         seed=config.seed,
-        config=ReclusterConfig(optimizer_state=config.recluster_optimizer_state),
+        config=recluster_config(config),
     )
     logger.info("re-clustering %s after steps %s of %d", ", ".join(names), schedule.steps, total_steps)
     return schedule
@@ -174,8 +181,8 @@ def make_schedule(
 
 def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, world: World) -> Summary:
     best = progress.best
-    assert best is not None, "a run evaluates after every epoch"
-    assert best.test is not None, "the best evaluation includes the test split"
+    assert best is not None, "a run evaluates at its end"
+    test = best.test or next(each.test for each in reversed(progress.evaluations) if each.test)
     return Summary(
         method=config.method,
         embedding_params=memory.total.num_params,
@@ -187,8 +194,11 @@ def summarise(progress: Progress, memory: MemoryReport, config: TrainConfig, wor
         best_val_auroc=max(evaluation.val.auroc for evaluation in progress.evaluations),
         best_step=best.step,
         best_epoch=best.epoch,
-        test_bce=best.test.bce,
-        test_auroc=best.test.auroc,
+        test_bce=test.bce,
+        test_auroc=test.auroc,
+        test_ne=test.ne,
+        test_calibration=test.calibration,
+        target_auroc_step=progress.step_of(config.validation_auroc),
         steps=progress.step,
         samples=progress.samples,
         train_seconds=progress.train_seconds,

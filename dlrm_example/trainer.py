@@ -3,11 +3,10 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import torch
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
@@ -19,18 +18,17 @@ from dlrm_example.checkpoints import Checkpoints
 from dlrm_example.config import TrainConfig
 from dlrm_example.console import progress_bar
 from dlrm_example.data import BatchLoader
-from dlrm_example.distributed import World, mean_over_ranks
+from dlrm_example.distributed import World
+from dlrm_example.divergence import Watch
+from dlrm_example.lr_schedule import LearningRateSchedule
 from dlrm_example.metrics import Scores, evaluate
 from dlrm_example.progress import Evaluation, Progress
+from dlrm_example.reclustering import record_reclustering
 from dlrm_example.records import RunFiles
-from dlrm_example.stop import StoppedError, StopRequest
+from dlrm_example.stop import StoppedError, StopRequest, StopVote
 from dlrm_example.windows import Window
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss or the weights are no longer finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +41,21 @@ class Loaders:
 
 
 def evaluation(
-    model: DistributedModelParallel, loaders: Loaders, progress: Progress, world: World, *, show_progress: bool
+    model: DistributedModelParallel,
+    loaders: Loaders,
+    progress: Progress,
+    world: World,
+    wants_test: Callable[[Scores], bool],
+    *,
+    show_progress: bool = False,
 ) -> Evaluation:
-    """Validation scores of the model as it is, and the test's where validation is better than ever; collective."""
+    """Validation scores of the model as it is, and the test's where the former ask for it; collective."""
 
     def scores(split: str, loader: BatchLoader) -> Scores:
         return evaluate(model, loader, world.device, title=split, progress=show_progress)
 
-    best, val = progress.best, scores("val", loaders.val)
-    test = scores("test", loaders.test) if best is None or val.bce < best.val.bce else None
+    val = scores("val", loaders.val)
+    test = scores("test", loaders.test) if wants_test(val) else None
     return Evaluation(step=progress.step, epoch=progress.epoch, val=val, test=test)
 
 
@@ -75,6 +79,8 @@ class Trainer:
         self._pipeline = TrainPipelineSparseDist(model, optimizer, world.device, execute_all_batches=True)
         self._checkpoints = Checkpoints(config, world)
         self._steps_per_epoch = len(loaders.train)
+        self._num_steps = config.epochs * self._steps_per_epoch
+        self._learning_rate = LearningRateSchedule.of(config)
         self._window = Window(world)
         self._stopping = False
 
@@ -87,15 +93,23 @@ class Trainer:
 
         Raises:
             TrainingDivergedError: the loss or the weights became infinite or NaN.
+            CheckpointFailedError: a checkpoint could not be written.
             StoppedError: a stop was requested; there is a checkpoint.
         """
-        self._progress, self._stop = progress, stop
+        self._progress = progress
+        self._watch = Watch(self._loaders.train, self._checkpoints, progress.step, self._world)
+        self._stop = StopVote(stop, self._world, self._config.collective_timeout)
         self._model.train()
-        while progress.step < self._config.epochs * self._steps_per_epoch:
+        while not self._is_done():
             finished_epochs, first = divmod(progress.step, self._steps_per_epoch)
             progress.epoch = finished_epochs + 1
             self._train_epoch(self._loaders.train.epoch(progress.epoch, start=first), self._steps_per_epoch - first)
         return progress
+
+    def _is_done(self) -> bool:
+        return (
+            self._progress.step == self._num_steps or self._progress.step_of(self._config.validation_auroc) is not None
+        )
 
     def _train_epoch(self, batches: Iterator[Batch], num_steps: int) -> None:
         title = f"epoch {self._progress.epoch}/{self._config.epochs}"
@@ -105,59 +119,61 @@ class Trainer:
             self._report_if_due()
             self._evaluate_if_due()
             self._save_if_due()
+            if self._is_done():
+                break
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step; the pipeline meanwhile sends the ids of the next batches to their ranks."""
-        started = time.perf_counter()
-        loss, logits_B, labels_B = self._pipeline.progress(batches)
-        seconds = time.perf_counter() - started
-        self._progress.train_seconds += seconds
+        with self._training_time():
+            self._learning_rate.apply(self._optimizer, self._progress.step + 1)
+            loss, logits_B, labels_B = self._pipeline.progress(batches)
         self._progress.step += 1
         self._progress.samples += len(labels_B) * self._world.size
-        mean_loss = self._after_step(loss)
-        self._progress.losses_since_evaluation.append(mean_loss)
-        self._window.add(mean_loss, logits_B, labels_B, seconds)
+        self._watch.add(loss)
+        self._window.add(logits_B, labels_B)
+        self._stopping = self._stop.passed()
 
-    def _after_step(self, loss: torch.Tensor) -> float:
-        """The mean over the global batch, of which every rank has an equal share; all ranks raise or stop or none does."""
-        asked = float(self._stop.made)
-        value, asked_anywhere = mean_over_ranks(torch.stack([loss.detach(), loss.new_tensor(asked)]), self._world)
-        self._stopping = asked_anywhere > 0
-        if not math.isfinite(value):
-            where = f"step {self._progress.step} (epoch {self._progress.epoch})"
-            raise TrainingDivergedError(f"the training loss is {value} at {where}; try a smaller --learning_rate")
-        return value
+    def _take_losses(self) -> None:
+        """Of all steps so far, into the accounts; all ranks stop at the first that is not finite."""
+        with self._training_time():  # what the device has yet to do
+            losses = self._watch.take_losses()
+        self._progress.losses_since_evaluation.extend(losses)
+        self._window.losses.extend(losses)
+
+    @contextmanager
+    def _training_time(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self._progress.train_seconds += seconds
+        self._window.seconds += seconds
 
     def _recluster_if_due(self) -> None:
-        if self._schedule is None:
+        if self._schedule is None or not self._schedule.is_due(self._progress.step):
             return
+        self._take_losses()
+        self._watch.check_weights(self._model, self._optimizer)
         started = time.perf_counter()
         try:
             report = self._schedule.step(self._progress.step, self._model, optimizer=self._optimizer)
-        except ValueError as error:  # weights that are not finite
-            raise TrainingDivergedError(f"re-clustering after step {self._progress.step}: {error}") from None
-        if report is None:
-            return
+        except ValueError as error:  # vectors that are not finite, though weights are
+            raise self._watch.diverged(f"re-clustering after step {self._progress.step}: {error}") from None
+        assert report is not None
         seconds = time.perf_counter() - started
-        self._progress.recluster_seconds += seconds
-        self._progress.reclusterings += 1
-        row = {"event": "recluster", "step": self._progress.step, "epoch": self._progress.epoch, "seconds": seconds}
-        self._files.log(**row, tables=[asdict(table) for table in report.tables])
-        for table in report.tables:
-            scores = {"relative_squared_error": table.relative_squared_error, "moved_fraction": table.moved_fraction}
-            self._board.add(f"recluster/{table.table}", self._progress.step, **scores)
+        record_reclustering(report, seconds, self._progress, self._model, self._files, self._board)
 
     def _report_if_due(self) -> None:
         """One line a window of steps."""
         if self._progress.step % self._config.log_every_steps:
             return
+        self._take_losses()
         scores, step = self._window.scores(), self._progress.step
         self._window = Window(self._world)
-        self._board.add("window", step, **scores)
+        self._board.add("window", step, **scores, learning_rate=self._learning_rate.at(step))
         logger.info(
-            "step %d/%d: %.0f samples/s, loss %.4f, auroc %.4f, %s",
-            *(step, self._config.epochs * self._steps_per_epoch),
-            *(scores["samples_per_s"], scores["loss"], scores["auroc"], self._recluster_state()),
+            "step %d/%d: %.0f samples/s, loss %.4f, auroc %.4f, learning rate %.4g, %s",
+            *(step, self._num_steps, scores["samples_per_s"], scores["loss"], scores["auroc"]),
+            *(self._learning_rate.at(step), self._recluster_state()),
         )
 
     def _recluster_state(self) -> str:
@@ -168,35 +184,53 @@ class Trainer:
         return f"re-clustered {self._progress.reclusterings} times, {coming}"
 
     def _evaluate_if_due(self) -> None:
-        """At the end of an epoch, and within it as often as asked for."""
+        """At the end of training, of every epoch, and within it, as often as asked for."""
         every, step = self._config.validation_freq_within_epoch, self._progress.step
-        if step % self._steps_per_epoch == 0 or (every is not None and step % every == 0):
+        ends_epoch = step % self._steps_per_epoch == 0 and self._config.evaluate_on_epoch_end
+        if step == self._num_steps or ends_epoch or (every is not None and step % every == 0):
             self._evaluate()
 
     def _save_if_due(self) -> None:
         """The last thing in a step: whatever goes on from the checkpoint begins with the next one."""
-        if self._stopping or self._checkpoints.is_due(self._progress.step, self._steps_per_epoch):
+        if self._stopping or self._checkpoints.is_due(self._progress, self._steps_per_epoch):
+            self._take_losses()
+            self._watch.check_weights(self._model, self._optimizer)
             self._checkpoints.save(self._model, self._optimizer, self._progress, self._files.metrics_bytes())
         if self._stopping:
             raise StoppedError(f"stopped after step {self._progress.step}, with a checkpoint")
 
+    def _wants_test(self, val: Scores) -> bool:
+        if not self._config.evaluate_on_training_end:
+            return self._progress.improves(val)
+        target = self._config.validation_auroc
+        return self._progress.step == self._num_steps or (target is not None and val.auroc >= target)
+
     def _evaluate(self) -> None:
         """Batches in flight stay in flight."""
+        self._take_losses()
         progress = self._progress
         train_bce = sum(progress.losses_since_evaluation) / len(progress.losses_since_evaluation)
         progress.losses_since_evaluation.clear()
         with self._detached_model():
-            found = evaluation(self._model, self._loaders, progress, self._world, show_progress=self._show_progress)
+            found = evaluation(
+                *(self._model, self._loaders, progress, self._world, self._wants_test),
+                show_progress=self._show_progress,
+            )
+        if not math.isfinite(found.val.bce):
+            raise self._watch.diverged(f"the validation loss is {found.val.bce} after {self._watch.steps_to_blame}")
         progress.evaluations.append(found)
         self._files.log_evaluation(found, train_bce)
         self._board.add("train", progress.step, bce=train_bce)
         for split, scores in found.by_split().items():
-            self._board.add(split, progress.step, bce=scores.bce, auroc=scores.auroc)
+            self._board.add(split, progress.step, **asdict(scores))
         logger.info(
-            "epoch %d step %d: train bce %.4f, val bce %.4f, val auroc %.4f%s",
-            *(progress.epoch, progress.step, train_bce, found.val.bce, found.val.auroc),
-            " (best so far)" if found.test else "",
+            "epoch %d step %d: train bce %.4f, val bce %.4f, val auroc %.4f, val ne %.4f, val calibration %.4f%s",
+            *(progress.epoch, progress.step, train_bce),
+            *(found.val.bce, found.val.auroc, found.val.ne, found.val.calibration),
+            " (best so far)" if progress.is_best else "",
         )
+        if progress.step_of(self._config.validation_auroc) is not None:
+            logger.info("reached --validation_auroc %g at step %d", self._config.validation_auroc, progress.step)
 
     @contextmanager
     def _detached_model(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from dlrm_example.distributed import World
 
 @dataclass
 class Window:
-    """What was trained since the last line; after a restart it begins where training goes on."""
+    """What was trained since the last line; after a restart it begins where training goes on. Losses are all ranks'."""
 
     world: World
     seconds: float = 0.0
@@ -18,12 +18,10 @@ class Window:
     logits: list[torch.Tensor] = field(default_factory=list)
     labels: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, loss: float, logits_B: torch.Tensor, labels_B: torch.Tensor, seconds: float) -> None:
-        """One step: the loss is all ranks', the rest this rank's."""
-        self.losses.append(loss)
+    def add(self, logits_B: torch.Tensor, labels_B: torch.Tensor) -> None:
+        """One step's, of this rank."""
         self.logits.append(logits_B.detach())
         self.labels.append(labels_B.detach())
-        self.seconds += seconds
 
     def scores(self) -> dict[str, float]:
         """Over all ranks; collective.

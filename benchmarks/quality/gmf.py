@@ -21,7 +21,6 @@ from cce_torchrec import (
     ReclusterConfig,
     ReclusterSchedule,
     compress,
-    recluster,
 )
 from cce_torchrec.methods import FullTable, MethodConfig
 
@@ -49,6 +48,9 @@ class Settings:
         recluster_count: re-clusterings in the first ``recluster_stop`` of all epochs.
         recluster_stop: as a fraction of ``epochs``.
         optimizer_state: of re-clustered rows.
+        gradient_steps: before each re-clustering, whose gradients steer it; ``None`` for all, 0 for none.
+        gradient_step: the rate at which they do.
+        gradient_damping: of steps of ids that were hardly seen.
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
     """
 
@@ -65,6 +67,9 @@ class Settings:
     recluster_count: int = ReclusterSchedule.count
     recluster_stop: float = ReclusterSchedule.stop_after_fraction
     optimizer_state: Literal["reset", "carry"] = ReclusterConfig.optimizer_state
+    gradient_steps: int | None = ReclusterSchedule.gradient_steps
+    gradient_step: float = ReclusterConfig.gradient_step
+    gradient_damping: float = ReclusterConfig.gradient_damping
     id_weights: Literal["ones", "counts", "roots"] = "ones"
     dim: int = 32
     batch_size: int = 4096
@@ -204,7 +209,7 @@ def train(settings: Settings, model: GMF, clicks: Clicks) -> tuple[History, int]
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=True)
     generator = torch.Generator().manual_seed(settings.seed)
     steps_an_epoch = -(-len(clicks.train) // settings.batch_size)
-    recluster_steps = _recluster_steps(settings, model, steps_an_epoch * settings.epochs)
+    schedule = _schedule(settings, model, steps_an_epoch * settings.epochs)
     id_weights = _id_weights(settings, clicks)
     eval_batches = _eval_batches(clicks)
     history, step, reclusterings, best = History(), 0, 0, {}
@@ -214,14 +219,7 @@ def train(settings: Settings, model: GMF, clicks: Clicks) -> tuple[History, int]
             binary_cross_entropy_with_logits(model(ids), labels_B).backward()
             optimizer.step()
             step += 1
-            if step in recluster_steps:
-                recluster(
-                    model,
-                    seed=settings.seed * 1_000_003 + step,
-                    config=ReclusterConfig(optimizer_state=settings.optimizer_state),
-                    optimizer=optimizer,
-                    id_weights=id_weights,
-                )
+            if schedule is not None and schedule.step(step, model, optimizer=optimizer, id_weights=id_weights):
                 reclusterings += 1
         stop = history.add(*evaluate(model, clicks.held_out, eval_batches))
         if history.scores[-1][0] == history.best_bce:
@@ -232,14 +230,24 @@ def train(settings: Settings, model: GMF, clicks: Clicks) -> tuple[History, int]
     return history, reclusterings
 
 
-def _recluster_steps(settings: Settings, model: GMF, total_steps: int) -> tuple[int, ...]:
-    """After which steps to re-cluster; none for methods that learn no assignments."""
+def _schedule(settings: Settings, model: GMF, total_steps: int) -> ReclusterSchedule | None:
+    """When to re-cluster, and how; never where a method learns no assignments."""
     is_learned = any(config.method.reclusterable for config in model.collection.embedding_bag_configs())
     if not is_learned or settings.recluster_count == 0:
-        return ()
+        return None
+    config = ReclusterConfig(
+        optimizer_state=settings.optimizer_state,
+        gradient_step=settings.gradient_step,
+        gradient_damping=settings.gradient_damping,
+    )
     return ReclusterSchedule(
-        total_steps=total_steps, count=settings.recluster_count, stop_after_fraction=settings.recluster_stop
-    ).steps
+        total_steps=total_steps,
+        count=settings.recluster_count,
+        stop_after_fraction=settings.recluster_stop,
+        gradient_steps=settings.gradient_steps,
+        seed=settings.seed,
+        config=config,
+    )
 
 
 def _id_weights(settings: Settings, clicks: Clicks) -> dict[str, Tensor] | None:

@@ -36,6 +36,7 @@ from cce_torchrec.distributed.build import shard_codebooks, take_over_state
 from cce_torchrec.distributed.dense_parts import replicate
 from cce_torchrec.distributed.groups import make_group
 from cce_torchrec.distributed.id_sharding import keep_local_blocks
+from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.lowering import DecodedTable, LoweredTable, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes, state_bytes
 from cce_torchrec.rewrite import Relabel
@@ -49,7 +50,7 @@ class CompressedContext(EmbeddingBagCollectionContext):
         features: the raw batch, kept while rows computed from it may become stale.
         version: that of the assignments its rows were computed from.
         factors_BF: what its pooled vectors are multiplied by (MEAN pooling, scales).
-        batch: the raw batch, kept where decode tables look up its ids in it.
+        batch: the raw batch, for decode tables and for the recording of gradients.
         localized: whether its rows stand where its ids stood (after a prefetch).
     """
 
@@ -121,6 +122,7 @@ class ShardedCompressedEmbeddingBagCollection(
         self._decode = BagDecoder(self.decoded_tables, self._is_weighted, mode)
         self._keeps_features = any(group.rewrites_before_dist for group in self._groups)
         self._version = 0
+        self.id_gradients: IdGradients | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
         self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
 
@@ -134,7 +136,7 @@ class ShardedCompressedEmbeddingBagCollection(
             ctx.version = self._version
             ctx.features = features if self._keeps_features else None
             ctx.factors_BF = self._relabel.factors(features)
-            ctx.batch = features if self.decoded_tables else None
+            ctx.batch = features
             awaitables = []
             for group in self._groups:
                 context, received = group.distribute(features, self._version)
@@ -172,11 +174,15 @@ class ShardedCompressedEmbeddingBagCollection(
         return self._named(ctx, self._embedding_bag_collection.compute_and_output_dist(ctx, rows))
 
     def _named(self, ctx: CompressedContext, pooled: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
-        factors_BF, decoded = ctx.factors_BF, self._decode(ctx.batch) if ctx.batch is not None else {}
+        batch, factors_BF = ctx.batch, ctx.factors_BF
+        decoded = self._decode(batch) if batch is not None else {}
 
         def name(values: KeyedTensor) -> KeyedTensor:
             rows = self._relabel(values, factors_BF)
-            return join(rows, decoded, [*rows.keys(), *decoded]) if decoded else rows
+            vectors = join(rows, decoded, [*rows.keys(), *decoded]) if decoded else rows
+            if self.id_gradients is not None and batch is not None:
+                self.id_gradients.observe(batch, vectors)
+            return vectors
 
         pooled.callbacks.append(name)
         return pooled

@@ -18,6 +18,9 @@ class ReclusterConfig:
         points_per_centroid: K-means is fitted on a sample of about this many ids a centroid, drawn in proportion to the
             ids' weights; every id is then assigned exactly.
         decode_batch_size: ids whose vectors are held at a time.
+        gradient_step: rate of the steps by which vectors are moved before they are clustered, where gradients were recorded
+            (:func:`cce_torchrec.record_gradients`); 1 is a Newton step by a bound of the curvature.
+        gradient_damping: how much of the mean curvature is added to each id's.
         optimizer_state: of the rows that are rewritten. "reset" starts it at zero; "carry" gives each new row the mean of
             the old state over the ids that use it.
 
@@ -29,6 +32,8 @@ class ReclusterConfig:
     tolerance: float = 1e-4
     points_per_centroid: int = 256
     decode_batch_size: int = 65_536
+    gradient_step: float = 1.0
+    gradient_damping: float = 1.0
     optimizer_state: OptimizerState = "reset"
 
     def __post_init__(self) -> None:
@@ -39,6 +44,10 @@ class ReclusterConfig:
         )
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance} is not in [0, 1).")
+        if not (self.gradient_step >= 0 and self.gradient_damping >= 0):
+            raise ValueError(
+                f"gradient_step={self.gradient_step} and gradient_damping={self.gradient_damping} must be 0 or more."
+            )
         if self.optimizer_state not in get_args(OptimizerState):
             raise ValueError(f"optimizer_state={self.optimizer_state!r} is not one of {get_args(OptimizerState)}.")
 

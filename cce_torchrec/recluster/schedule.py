@@ -1,15 +1,17 @@
 """When to re-cluster: a few times, evenly, and not towards the end."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cce_torchrec.methods.base import check_positive
 from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport
+from cce_torchrec.recluster.gradients import record_gradients
 from cce_torchrec.recluster.step import recluster
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,8 @@ class ReclusterSchedule:
         count: n, how many re-clusterings. Few are better than many: each disturbs what the optimizer has settled.
         stop_after_fraction: none after this part of the training, so that the last codebooks are trained out.
         every_steps: instead of ``count``: one every so many steps.
+        gradient_steps: how many steps before each re-clustering record the gradients that steer it (see
+            :func:`record_gradients`); ``None`` for all of them, 0 for none.
         seed: of the re-clusterings; each draws its own from it and the step.
         config: of the re-clusterings.
 
@@ -42,6 +46,7 @@ class ReclusterSchedule:
     count: int = 6
     stop_after_fraction: float = 0.8
     every_steps: int | None = None
+    gradient_steps: int | None = None
     seed: int = 0
     config: ReclusterConfig = field(default_factory=ReclusterConfig)
 
@@ -53,6 +58,8 @@ class ReclusterSchedule:
             raise ValueError("total_steps=None needs every_steps: give one of both.")
         if self.every_steps is not None:
             check_positive(every_steps=self.every_steps)
+        if self.gradient_steps is not None and self.gradient_steps < 0:
+            raise ValueError(f"gradient_steps={self.gradient_steps} must be 0 or more; None is for all steps.")
         if not 0 < self.stop_after_fraction <= 1:
             raise ValueError(f"stop_after_fraction={self.stop_after_fraction} is not in (0, 1].")
 
@@ -73,8 +80,23 @@ class ReclusterSchedule:
             return completed_steps > 0 and completed_steps % self.every_steps == 0
         return completed_steps in self.steps
 
+    def records(self, completed_steps: int) -> bool:
+        """Whether the gradients of the step after so many are recorded."""
+        if self.total_steps is None:
+            assert self.every_steps is not None
+            left: int | None = self.every_steps - completed_steps % self.every_steps
+        else:
+            left = min((step - completed_steps for step in self.steps if step > completed_steps), default=None)
+        return left is not None and (self.gradient_steps is None or left <= self.gradient_steps)
+
     def step(
-        self, completed_steps: int, module: nn.Module, *, optimizer: Optimizer | None = None, process_group: Any = None
+        self,
+        completed_steps: int,
+        module: nn.Module,
+        *,
+        optimizer: Optimizer | None = None,
+        process_group: Any = None,
+        id_weights: Mapping[str, Tensor] | None = None,
     ) -> ReclusterReport | None:
         """Re-cluster if it is due; collective where ``module`` is sharded.
 
@@ -83,18 +105,21 @@ class ReclusterSchedule:
             module: as for :func:`recluster`.
             optimizer: as for :func:`recluster`.
             process_group: as for :func:`recluster`.
+            id_weights: as for :func:`recluster`.
 
         Returns:
             The report, or ``None`` where nothing was due.
         """
-        if not self.is_due(completed_steps):
-            return None
-        report = recluster(
-            module,
-            seed=self.seed * 1_000_003 + completed_steps,
-            config=self.config,
-            process_group=process_group,
-            optimizer=optimizer,
-        )
-        logger.info("Re-clustered after step %d of %s:\n%s", completed_steps, self.total_steps or "?", report)
+        report = None
+        if self.is_due(completed_steps):
+            report = recluster(
+                module,
+                seed=self.seed * 1_000_003 + completed_steps,
+                config=self.config,
+                process_group=process_group,
+                optimizer=optimizer,
+                id_weights=id_weights,
+            )
+            logger.info("Re-clustered after step %d of %s:\n%s", completed_steps, self.total_steps or "?", report)
+        record_gradients(module, on=self.records(completed_steps))
         return report

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,21 +12,20 @@ from torch.optim import Optimizer
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
-from cce_torchrec.config import method_of
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
+from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table
 from cce_torchrec.methods import METHODS
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives, ProcessGroupCollectives
 from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport, TableReport
+from cce_torchrec.recluster.gradients import Collection, reclusterable_tables
 from cce_torchrec.recluster.stores import Store
 from cce_torchrec.recluster.table import NewTable, TableState, recluster_table
 from cce_torchrec.recluster.windows import NewWindows, WindowsState, recluster_windows
 
 logger = logging.getLogger(__name__)
-
-Collection = CompressedEmbeddingBagCollection | ShardedCompressedEmbeddingBagCollection
 
 
 @torch.no_grad()
@@ -84,17 +83,20 @@ def recluster(
         collectives = _collectives(collection, process_group)
         with collectives.one_fails_all_fail():
             store = Store(collection, optimizer, collectives)
+            recorded = _recorded(collection, collectives)
             new_tables: list[tuple[LoweredTable, NewTable]] = []
             for table in reclusterable_tables(collection):
                 started = time.perf_counter()
                 weights_V = (id_weights or {}).get(table.name)
                 new: NewTable | NewWindows
                 if isinstance(table, DecodedTable):
-                    windows = WindowsState.read(table.name, _decoder(table), optimizer, weights_V, config)
+                    windows = WindowsState.read(
+                        table.name, _decoder(table), optimizer, weights_V, recorded.get(table.name), config
+                    )
                     new = recluster_windows(windows, seed=seed, config=config, collectives=collectives)
                     new_windows.append((table, new))
                 else:
-                    state = _read(table, store, weights_V, config)
+                    state = _read(table, store, weights_V, recorded.get(table.name), config)
                     new = recluster_table(state, seed=seed, config=config, collectives=collectives)
                     new_tables.append((table, new))
                 reports.append(_report(table, new, time.perf_counter() - started))
@@ -103,13 +105,10 @@ def recluster(
         _commit(collection, store, new_tables)
     for decoded, new_one in new_windows:
         _commit_windows(decoded, new_one, optimizer)
+    for collection in collections:
+        if collection.id_gradients is not None:
+            collection.id_gradients.clear()
     return ReclusterReport(tables=tuple(reports))
-
-
-def reclusterable_tables(collection: Collection) -> Iterator[Table]:
-    """The tables of a collection whose assignments are learned."""
-    tables: list[Table] = [*collection.lowered_tables, *collection.decoded_tables]
-    return (table for table in tables if method_of(table.config).reclusterable)
 
 
 def _decoder(table: DecodedTable) -> CCERobeDecoder:
@@ -161,7 +160,20 @@ def _collectives(collection: Collection, process_group: Any) -> Collectives:
     return ProcessGroupCollectives(process_group)
 
 
-def _read(table: LoweredTable, store: Store, weights_V: Tensor | None, config: ReclusterConfig) -> TableState:
+def _recorded(collection: Collection, collectives: Collectives) -> dict[str, SumsById]:
+    """What this rank has recorded by table; all ranks have recorded, or none has."""
+    gradients = collection.id_gradients
+    recording = int(collectives.all_reduce_sum(torch.tensor([int(gradients is not None)])))
+    if recording not in (0, collectives.world_size):
+        raise RuntimeError(
+            f"{recording} of {collectives.world_size} ranks have recorded gradients: call record_gradients on all ranks."
+        )
+    return gradients.by_table if gradients is not None else {}
+
+
+def _read(
+    table: LoweredTable, store: Store, weights_V: Tensor | None, gradients: SumsById | None, config: ReclusterConfig
+) -> TableState:
     assert isinstance(table.row_map, CCERowMap)
     codebooks = [store.read(name) for name in table.physical_names]
     if config.optimizer_state == "carry":
@@ -178,6 +190,7 @@ def _read(table: LoweredTable, store: Store, weights_V: Tensor | None, config: R
         codebooks=codebooks,
         optimizer_state=states,
         weights_V=weights_V,
+        gradients=gradients,
     )
 
 

@@ -1,6 +1,6 @@
 """One table's re-clustering: from its codebooks and assignments to new ones, nothing changed yet.
 
-    x_i(v) = M_i[h_i(v)] + M'_i[h'_i(v)]                         the column vectors of all ids v
+    x_i(v) = M_i[h_i(v)] + M'_i[h'_i(v)] + step_i(v)             where the column vectors of all ids v want to be
     M_i   <- K-means centroids of x_i,   h_i(v) <- nearest       fitted on a sample, assigned exactly
     M'_i[j] <- mean of x_i(v) - M_i[h_i(v)] over h'_i(v) = j     with a fresh hash h'_i
 
@@ -20,9 +20,11 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, hash_rows
+from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
+from cce_torchrec.recluster.gradients import IdSteps, gather_steps
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.vocabulary import (
@@ -48,6 +50,7 @@ class TableState:
         codebooks: float32 of each column: main rows, then helper rows; or those of the other table.
         optimizer_state: S numbers a row of each column, float32; S may be 0, and is for another table.
         weights_V: importance of each id, or ``None`` for 1.
+        gradients: recorded on this rank, or ``None`` for no step.
     """
 
     name: str
@@ -56,6 +59,7 @@ class TableState:
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     weights_V: Tensor | None
+    gradients: SumsById | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,11 +85,19 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
         check_finite(state.name, f"column {column}", codebook, codebook.shape[1])
     row_map, num_ids = state.row_map, state.row_map.num_embeddings
     block = Block.of_rank(num_ids, config.decode_batch_size, state.codebooks[0].device, collectives)
-    centroids = _fit_centroids(state, block, derive_seed(seed, state.name), config, collectives)
+    steps = gather_steps(
+        state.gradients,
+        block,
+        rate=config.gradient_step,
+        damping=config.gradient_damping,
+        collectives=collectives,
+    )
+    vectors = _Vectors(state, steps)
+    centroids = _fit_centroids(state, vectors, block, derive_seed(seed, state.name), config, collectives)
     coefficients = None
     if row_map.num_helper_rows:
         coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
-    sums = _Sums(state, centroids, coefficients)
+    sums = _Sums(state, vectors, centroids, coefficients)
     assignments = torch.empty(
         block.stop - block.start,
         row_map.assignments.shape[1],
@@ -111,13 +123,30 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     )
 
 
-def _decode(state: TableState, column: int, ids_N: Tensor) -> Tensor:
-    """The column vectors of some ids: [N, D]."""
-    return state.codebooks[column][state.rows(ids_N)[column]].sum(dim=1)
+@dataclass(frozen=True)
+class _Vectors:
+    """The column vectors to cluster: what ids decode to, and their steps."""
+
+    state: TableState
+    steps: IdSteps | None
+
+    def __call__(self, column: int, ids_N: Tensor, rows_NR: Tensor) -> Tensor:
+        """[N, D] of some ids, given the rows of the column that they add up."""
+        codebook = self.state.codebooks[column]
+        decoded_ND = codebook[rows_NR].sum(dim=1)
+        if self.steps is None:
+            return decoded_ND
+        dim = codebook.shape[1]
+        return decoded_ND + self.steps(ids_N, slice(column * dim, (column + 1) * dim))
 
 
 def _fit_centroids(
-    state: TableState, block: Block, seed: int, config: ReclusterConfig, collectives: Collectives
+    state: TableState,
+    vectors: _Vectors,
+    block: Block,
+    seed: int,
+    config: ReclusterConfig,
+    collectives: Collectives,
 ) -> list[Tensor]:
     """K-means on a sample, column by column and level by level: [A, K, D] of each column."""
     num_rows = state.row_map.level_rows
@@ -128,7 +157,9 @@ def _fit_centroids(
     centroids = []
     for column, codebook in enumerate(state.codebooks):
         batches = ids_N.split(config.decode_batch_size)
-        points_ND = torch.cat([codebook[:0], *(_decode(state, column, batch_N) for batch_N in batches)])
+        points_ND = torch.cat(
+            [codebook[:0], *(vectors(column, batch_N, state.rows(batch_N)[column]) for batch_N in batches)]
+        )
         levels: list[Tensor] = []
         for level in range(state.row_map.num_assigned):
             if level:
@@ -156,8 +187,15 @@ def _zeros(*shape: int, like: Tensor) -> Tensor:
 class _Sums:
     """What is added up while the ids go by, for all columns."""
 
-    def __init__(self, state: TableState, centroids: list[Tensor], helper_coefficients: Tensor | None) -> None:
-        self._state, self._centroids, self._helper_coefficients = state, centroids, helper_coefficients
+    def __init__(
+        self,
+        state: TableState,
+        vectors: _Vectors,
+        centroids: list[Tensor],
+        helper_coefficients: Tensor | None,
+    ) -> None:
+        self._state, self._vectors = state, vectors
+        self._centroids, self._helper_coefficients = centroids, helper_coefficients
         self._num_main, num_helper = state.row_map.num_main_rows, state.row_map.num_helper_rows
         books, num_rows = state.codebooks, self._num_main + num_helper
         self._energy = _zeros(2, like=books[0])  # sum of |x|^2, sum of |x - centroid|^2
@@ -174,8 +212,8 @@ class _Sums:
             helpers_CN = hash_rows(ids_N, self._helper_coefficients, self._state.row_map.num_helper_rows)
         old_rows_CNR = self._state.rows(ids_N)
         assignments = []
-        for column, (codebook, centroids_AKD) in enumerate(zip(self._state.codebooks, self._centroids, strict=True)):
-            points_ND = codebook[old_rows_CNR[column]].sum(dim=1)
+        for column, centroids_AKD in enumerate(self._centroids):
+            points_ND = self._vectors(column, ids_N, old_rows_CNR[column])
             self._energy[0] += points_ND.double().square().sum(dim=1) @ weights_N
             new_rows = []
             for level, centroids_KD in enumerate(centroids_AKD):

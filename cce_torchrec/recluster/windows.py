@@ -1,6 +1,6 @@
 """One re-clustering of CCE on circular memory: from memories and offsets to new ones, nothing changed yet.
 
-    x_i(v) = window(h_i(v)) + window'(h'_i(v))                     the vectors of all columns i of all ids v
+    x_i(v) = window(h_i(v)) + window'(h'_i(v)) + step_i(v)         where all columns i of all ids v want to be
     memory <- K-means centroids of all x_i, side by side           k = M div W windows, fitted on a sample
     h_i(v) <- argmin_o |x_i(v) - window(o)|^2                      exact, over all M offsets
     helper[m] <- mean of the elements of x_i(v) - window(h_i(v)) whose helper windows read cell m, with a fresh hash h'_i
@@ -18,10 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cce_torchrec.hashing import derive_seed, hash_rows
+from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.methods.flat_memory import read_windows
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
+from cce_torchrec.recluster.gradients import IdSteps, gather_steps
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.stores import DenseStore
@@ -48,6 +50,7 @@ class WindowsState:
         memories: [M] and [M'], float32.
         optimizer_state: [M, S] and [M', S], float32; S may be 0.
         weights_V: importance of each id, or ``None`` for 1.
+        gradients: recorded on this rank, or ``None`` for no step.
     """
 
     name: str
@@ -55,6 +58,7 @@ class WindowsState:
     memories: tuple[Tensor, Tensor]
     optimizer_state: tuple[Tensor, Tensor]
     weights_V: Tensor | None
+    gradients: SumsById | None
 
     @classmethod
     def read(
@@ -63,6 +67,7 @@ class WindowsState:
         decoder: CCERobeDecoder,
         optimizer: Optimizer | None,
         weights_V: Tensor | None,
+        gradients: SumsById | None,
         config: ReclusterConfig,
     ) -> "WindowsState":
         """Copy what there is; optimizer state only where it is to be carried."""
@@ -72,7 +77,14 @@ class WindowsState:
             states = (main.read_optimizer(), helper.read_optimizer())
         else:
             states = (memories[0].new_zeros(len(memories[0]), 0), memories[1].new_zeros(len(memories[1]), 0))
-        return cls(name=name, decoder=decoder, memories=memories, optimizer_state=states, weights_V=weights_V)
+        return cls(
+            name=name,
+            decoder=decoder,
+            memories=memories,
+            optimizer_state=states,
+            weights_V=weights_V,
+            gradients=gradients,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +129,16 @@ def recluster_windows(
         check_finite(state.name, part, memory_M, decoder.width)
     num_ids, num_cells = decoder.num_embeddings, len(state.memories[0])
     block = Block.of_rank(num_ids, config.decode_batch_size, state.memories[0].device, collectives)
-    memory_M = _fit_memory(state, block, derive_seed(seed, state.name), config, collectives)
+    steps = gather_steps(
+        state.gradients,
+        block,
+        rate=config.gradient_step,
+        damping=config.gradient_damping,
+        collectives=collectives,
+    )
+    memory_M = _fit_memory(state, steps, block, derive_seed(seed, state.name), config, collectives)
     coefficients = decoder.draw_helper_coefficients(int(decoder.version) + 1, seed).to(block.device)
-    sums = _Sums(state, memory_M, coefficients)
+    sums = _Sums(state, steps, memory_M, coefficients)
     offsets = torch.empty(
         block.stop - block.start, decoder.num_columns, dtype=decoder.offsets.dtype, device=block.device
     )
@@ -170,16 +189,23 @@ def nearest_windows(points_PW: Tensor, memory_M: Tensor) -> tuple[Tensor, Tensor
     return offset_P, distance_P
 
 
-def _decode(state: WindowsState, ids_N: Tensor) -> Tensor:
-    """The column vectors of some ids: [N * C, W]."""
+def _vectors(state: WindowsState, steps: IdSteps | None, ids_N: Tensor) -> Tensor:
+    """The column vectors to cluster of some ids, what they decode to and their steps: [N * C, W]."""
     decoder, (main_M, helper_M) = state.decoder, state.memories
     vectors_NCW = read_windows(main_M, decoder.main_offsets(ids_N), decoder.width)
     vectors_NCW += read_windows(helper_M, decoder.helper_offsets(ids_N), decoder.width)
+    if steps is not None:
+        vectors_NCW += steps(ids_N, slice(None)).view_as(vectors_NCW)
     return vectors_NCW.flatten(0, 1)
 
 
 def _fit_memory(
-    state: WindowsState, block: Block, seed: int, config: ReclusterConfig, collectives: Collectives
+    state: WindowsState,
+    steps: IdSteps | None,
+    block: Block,
+    seed: int,
+    config: ReclusterConfig,
+    collectives: Collectives,
 ) -> Tensor:
     """K-means on a sample of all columns together, the centroids side by side: [M]; 0 in the cells that are left over."""
     decoder, memory_M = state.decoder, torch.zeros_like(state.memories[0])
@@ -188,7 +214,7 @@ def _fit_memory(
     ids_N, weights_N = sample(
         state.weights_V, decoder.num_embeddings, block, size, derive_seed(seed, "sample"), collectives
     )
-    points = [_decode(state, batch_N) for batch_N in ids_N.split(config.decode_batch_size)]
+    points = [_vectors(state, steps, batch_N) for batch_N in ids_N.split(config.decode_batch_size)]
     point_ids_NC = ids_N[:, None] * columns + torch.arange(columns, device=block.device)
     result = kmeans(
         torch.cat([memory_M.new_empty(0, decoder.width), *points]),
@@ -207,8 +233,11 @@ def _fit_memory(
 class _Sums:
     """What is added up while the ids go by, in float64; main memory first, helper second."""
 
-    def __init__(self, state: WindowsState, memory_M: Tensor, helper_coefficients: Tensor) -> None:
-        self._state, self._memory, self._helper_coefficients = state, memory_M, helper_coefficients
+    def __init__(
+        self, state: WindowsState, steps: IdSteps | None, memory_M: Tensor, helper_coefficients: Tensor
+    ) -> None:
+        self._state, self._steps = state, steps
+        self._memory, self._helper_coefficients = memory_M, helper_coefficients
         self._width = state.decoder.width
 
         def zeros(*shape: int) -> Tensor:
@@ -229,7 +258,7 @@ class _Sums:
     def add(self, ids_N: Tensor) -> Tensor:
         """Assign a batch of ids and add them up; returns their offsets [N, C]."""
         decoder = self._state.decoder
-        points_PW = _decode(self._state, ids_N)
+        points_PW = _vectors(self._state, self._steps, ids_N)
         offset_P, distance_P = nearest_windows(points_PW, self._memory)
         main_NC = offset_P.view(len(ids_N), -1)
         helper_NC = hash_rows(ids_N, self._helper_coefficients, len(self._residual)).T

@@ -7,7 +7,7 @@ from typing import Protocol
 from dlrm_example.data.dataset import BatchLoader, ColumnChoice, Dataset, DatasetInfo, SparseFeature
 from dlrm_example.data.download import DataUnavailableError, cache_folder
 from dlrm_example.data.movielens import load_movielens_100k
-from dlrm_example.data.streaming import open_prepared
+from dlrm_example.data.prepared import open_prepared
 
 ALL_COLUMNS = ColumnChoice()
 

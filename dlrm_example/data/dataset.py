@@ -5,10 +5,11 @@ Nothing here knows about MovieLens. A source that does not fit in memory need on
 Shape suffixes: N rows of a split, B rows of a batch, F dense features, T total ids.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torchrec.datasets.utils import Batch
 
@@ -27,20 +28,30 @@ class SparseFeature:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """Everything the model must know of the data."""
+    """Everything the model must know of the data.
+
+    `count_lookups` reads, where the data has it, how often each id of each sparse feature is looked up in an epoch.
+    """
 
     name: str
     sparse_features: tuple[SparseFeature, ...]
     dense_names: tuple[str, ...]
+    count_lookups: Callable[[], dict[str, np.ndarray]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnChoice:
-    """Columns of a data set that names them freely; None for what it has."""
+    """Columns of a data set that names them freely, and what its ids look up; None for what it has.
+
+    `num_embeddings` and `multi_hot_sizes` have a number for each sparse column, in the order of `sparse`.
+    """
 
     label: str | None = None
     dense: tuple[str, ...] | None = None
     sparse: tuple[str, ...] | None = None
+    num_embeddings: tuple[int, ...] | None = None
+    multi_hot_sizes: tuple[int, ...] | None = None
+    multi_hot_distribution: Literal["uniform", "pareto"] = "uniform"
 
 
 class BatchLoader(Protocol):
@@ -50,6 +61,10 @@ class BatchLoader(Protocol):
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         """The batches of epoch `number` from batch `start` on: the same ones whenever it is asked for the same epoch."""
+        ...
+
+    def position(self, number: int, batch: int) -> str:
+        """Where the rows of a batch of epoch `number`, over all ranks, are found in the data, in words."""
         ...
 
 

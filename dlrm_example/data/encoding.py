@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from dlrm_example.config import UsageError
 from dlrm_example.data.vocabulary import Encoder, plain
+from dlrm_example.errors import UsageError
 
 DENSE_TRANSFORMS = ("none", "log1p")
 

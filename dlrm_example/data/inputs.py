@@ -76,10 +76,11 @@ def criteo_splitter(rows_of_files: Sequence[int]) -> ByRow:
 
 
 def _open_parquet(config: PrepareConfig, files: Sequence[Path]) -> Input:
-    schema, parts = parquet_parts(files)
     assert config.label_column is not None, "checked by the config"
-    wanted = [config.label_column, *config.dense_columns, *config.sparse_columns, config.time_column]
-    missing = [name for name in wanted if name is not None and name not in schema.names]
+    wanted = [config.label_column, *config.dense_columns, *config.sparse_columns]
+    wanted += [config.time_column] if config.time_column else []
+    schema, parts = parquet_parts(files, wanted)
+    missing = [name for name in wanted if name not in schema.names]
     if missing:
         raise UsageError(f"no column named {', '.join(missing)} in --input; there are {', '.join(schema.names)}")
     return Input(

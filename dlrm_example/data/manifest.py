@@ -76,10 +76,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not path.exists():
-        remedy = (
-            f"make one with: python -m dlrm_example.data.prepare --input {folder} --out PREPARED --label_column ..."
-        )
-        raise DataUnavailableError(f"{folder} holds no {MANIFEST}, so it is no prepared data; {remedy}")
+        raise DataUnavailableError(f"{folder} holds no {MANIFEST}, so dlrm_example.data.prepare did not make it")
     content = json.loads(path.read_text())
     if content.get("version") != VERSION:
         raise DataUnavailableError(

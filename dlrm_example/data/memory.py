@@ -12,6 +12,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from dlrm_example.data.dataset import PADDING, SPLITS, BatchLoader, DatasetInfo, Split
 
+MOST_NAMED = 8  # rows of a batch
+
 
 @dataclass(frozen=True)
 class InMemoryDataset:
@@ -72,6 +74,12 @@ class InMemoryLoader:
         global_batches = torch.tensor_split(self._order(number), self._num_batches())
         for rows in global_batches[start : len(self)]:
             yield self._share(rows)
+
+    def position(self, number: int, batch: int) -> str:
+        rows = torch.tensor_split(self._order(number), self._num_batches())[batch].tolist()
+        named = ", ".join(map(str, rows[:MOST_NAMED]))
+        more = f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
+        return f"batch {batch + 1} of {len(self)}: rows {named}{more} of a split in memory"
 
     def _share(self, rows: torch.Tensor) -> Batch:
         if self.shuffle_seed is not None:

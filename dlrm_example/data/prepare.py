@@ -109,7 +109,8 @@ def _begin(config: PrepareConfig, out: Path, work: Path, files: Sequence[Path]) 
         if not changed:
             logger.info("going on in %s", work)
             return
-        if not config.overwrite:
+        made = [path for path in work.rglob("*") if path.is_file() and path.name != SETTINGS]
+        if made and not config.overwrite:
             raise UsageError(
                 f"{work} is of a preparation with other {', '.join(changed)}: remove it, or give --overwrite"
             )

@@ -2,7 +2,7 @@
 
 import glob
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from dlrm_example.config import UsageError
+from dlrm_example.data.encoding import is_list
+from dlrm_example.errors import UsageError
 
 PART_ROWS = 1 << 18  # about as many a part, which is what a resumed preparation skips
 CHUNK_ROWS = 1 << 16  # at most as many in memory at once
@@ -83,11 +84,17 @@ def _natural(path: Path) -> list[tuple[int, str]]:
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", str(path))]
 
 
-def parquet_parts(files: Sequence[Path]) -> tuple[pa.Schema, list[ParquetPart]]:
-    """The common schema, hive partitions (`day=3/`) being columns too, and the rows in parts."""
+def parquet_parts(files: Sequence[Path], wanted: Collection[str] = ()) -> tuple[pa.Schema, list[ParquetPart]]:
+    """The common schema, hive partitions (`day=3/`) being columns too, and the rows in parts.
+
+    Raises:
+        UsageError: a file cannot be read, or a wanted column has types in different files that have none in common.
+    """
     try:
         dataset = pads.dataset([str(file) for file in files], format="parquet", partitioning="hive")
-        pieces = [piece for fragment in dataset.get_fragments() for piece in fragment.split_by_row_group()]
+        fragments = list(dataset.get_fragments())
+        schema = _common_schema(dataset.schema, fragments, wanted)
+        pieces = [piece for fragment in fragments for piece in fragment.split_by_row_group()]
     except (pa.ArrowInvalid, OSError) as error:
         raise UsageError(f"--input: {error}") from None
     parts, waiting, rows = [], [], 0
@@ -95,11 +102,45 @@ def parquet_parts(files: Sequence[Path]) -> tuple[pa.Schema, list[ParquetPart]]:
         waiting.append(piece)
         rows += sum(group.num_rows for group in piece.row_groups)
         if rows >= PART_ROWS:
-            parts.append(ParquetPart(tuple(waiting), dataset.schema, rows))
+            parts.append(ParquetPart(tuple(waiting), schema, rows))
             waiting, rows = [], 0
     if waiting:
-        parts.append(ParquetPart(tuple(waiting), dataset.schema, rows))
-    return dataset.schema, parts
+        parts.append(ParquetPart(tuple(waiting), schema, rows))
+    return schema, parts
+
+
+def _common_schema(first: pa.Schema, fragments: Sequence[Any], wanted: Collection[str]) -> pa.Schema:
+    """Each column with the first type that holds those of all files: the types of the first file alone would not do."""
+    found: dict[str, dict[pa.DataType, str]] = {field.name: {} for field in first}
+    for fragment in fragments:
+        for field in fragment.physical_schema:
+            found.setdefault(field.name, {}).setdefault(field.type, fragment.path)
+    fields = []
+    for name, files_by_type in found.items():
+        kinds = list(files_by_type) or [first.field(name).type]  # a hive partition is in no file
+        try:
+            fields.append(pa.field(name, _common_type(kinds)))
+        except pa.ArrowTypeError:
+            if name in wanted:
+                described = ", ".join(f"{kind} in {file}" for kind, file in files_by_type.items())
+                raise UsageError(f"--input: column {name} is {described}, which have no type in common") from None
+            fields.append(pa.field(name, kinds[0]))
+    return pa.schema(fields)
+
+
+def _common_type(kinds: Sequence[pa.DataType]) -> pa.DataType:
+    plain = [_plain(kind) for kind in kinds] if len(kinds) > 1 or pa.types.is_string_view(kinds[0]) else kinds
+    schemas = [pa.schema([("column", kind)]) for kind in plain]
+    return pa.unify_schemas(schemas, promote_options="permissive").field("column").type
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Dictionaries are as good as their values, lists as others; string views cannot be filtered."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if is_list(kind):
+        return pa.large_list(_plain(kind.value_type))
+    return pa.string() if pa.types.is_string_view(kind) else kind
 
 
 @dataclass(frozen=True)

@@ -166,20 +166,22 @@ def mix(bits: np.ndarray) -> np.ndarray:
 def plain(values: Any, max_ind_range: int | None) -> pa.Array:
     """Values as int64 or large_string, dictionaries decoded; integers modulo `max_ind_range` where it is given.
 
+    A uint64 of 2^63 or more, such as a hash, is the int64 of the same bits.
+
     Raises:
-        ValueError: the column is of another type, or holds an integer that int64 does not.
+        ValueError: the column is of another type.
     """
     kind = values.type
     if pa.types.is_dictionary(kind):
         values = values.dictionary_decode()
         kind = values.type
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind) or pa.types.is_null(kind):
-        numbers = values.cast(pa.int64())
+        numbers = values if pa.types.is_uint64(kind) else values.cast(pa.int64())
         if max_ind_range is None:
-            return numbers
+            return numbers.view(pa.int64())
         present = numbers.is_valid().to_numpy(zero_copy_only=False)
         remainders = numbers.fill_null(0).to_numpy(zero_copy_only=False) % max_ind_range
-        return pa.array(remainders, mask=~present)
+        return pa.array(remainders.astype(np.int64), mask=~present)
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return values.cast(pa.large_string())
     raise ValueError(

@@ -1,6 +1,7 @@
 """Prepared rows, vocabularies, counts and splits against plain Python; resuming; what is refused."""
 
 import datetime
+import itertools
 import json
 from pathlib import Path
 
@@ -109,6 +110,67 @@ def test_split_by_last_day(tmp_path: Path) -> None:
     assert abs(len(raw["val"]) - len(raw["test"])) <= 1
 
 
+INTEGERS = [7, -3, None, 2**31, 7]
+KINDS = {  # types of the column u in two files, and its values
+    "wider later": ((pa.int16(), [7, -3, None, 30_000, 7]), (pa.int64(), INTEGERS)),
+    "nulls first": ((pa.null(), [None] * 5), (pa.int64(), INTEGERS)),
+    "nulls, then lists": ((pa.null(), [None] * 5), (pa.list_(pa.string()), [["a"], [], None, ["b", None, "a"], ["a"]])),
+    "lists": (
+        (pa.list_(pa.int8(), 2), [[1, 2], None, [1, 1], [2, 2], [3, 3]]),
+        (pa.large_list(pa.int64()), [[2**40]] * 5),
+    ),
+    "lists of texts": (
+        (pa.list_(pa.dictionary(pa.int8(), pa.string())), [["a", None], None, [], ["b", "a"], ["c"]]),
+        (pa.large_list(pa.string()), [["d"], ["a"], None, ["b", None, "b"], []]),
+    ),
+    "texts": ((pa.dictionary(pa.int8(), pa.string()), list("abcab")), (pa.large_string(), ["a", "b", None, "d", ""])),
+    "views": ((pa.string_view(), list("abcab")), (pa.string_view(), ["a", "b", None, "d", ""])),
+    "booleans": ((pa.bool_(), [True, None, False, True, True]), (pa.null(), [None] * 5)),
+    "hashes": ((pa.uint64(), [2**64 - 1, 2**63, 5, None, 5]), (pa.uint64(), [2**64 - 1, 0, 1, 2, 3])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_different_types(tmp_path: Path, kind: str) -> None:
+    """All that a column's types have in common is what counts, and the first file's type is not more than another's."""
+    values = []
+    for number, (of_file, content) in enumerate(KINDS[kind]):
+        content = content * 20
+        values += content
+        rows = {"y": [0, 1] * 50, "row": [float(len(values) - 100 + place) for place in range(100)], "a": [0.0] * 100}
+        table = pa.table({**{name: pa.array(found) for name, found in rows.items()}, "u": pa.array(content, of_file)})
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "raw" / f"{number}.parquet")
+    out = tmp_path / "prepared"
+    flags = ["--label_column", "y", "--dense_columns", "row,a", "--sparse_columns", "u"]
+    assert main(["--input", str(tmp_path / "raw"), "--out", str(out), *flags]) == 0
+    vocabulary = pq.read_table(column_file(out, "vocabulary", "u"))["value"].to_pylist()
+    several = any(isinstance(value, list) for value in values)
+    for row in itertools.chain(*by_split(out).values()):
+        raw, ids = values[int(row["row"])], row["u"] if several else [row["u"]]
+        wanted = ([each for each in raw or [] if each is not None]) if several else [raw]
+        found = [None if each == 0 else vocabulary[each - 2] for each in ids]
+        if kind == "hashes":
+            found = [None if each is None else each % 2**64 for each in found]
+        assert found == wanted
+
+
+def test_types_with_nothing_in_common_are_an_error_where_they_matter(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = raw_rows(60)
+    write(tmp_path / "raw" / "0.parquet", rows)
+    for row in rows:
+        row["u"] = "text"
+    write(tmp_path / "raw" / "1.parquet", rows)
+    flags = ["--input", str(tmp_path / "raw"), "--out", str(tmp_path / "prepared"), *COLUMNS]
+    assert main(flags) == 2
+    error = capsys.readouterr().err
+    assert "column u is int64 in " in error
+    assert "1.parquet, which have no type in common" in error
+    assert main([*flags, "--sparse_columns", "i,tags"]) == 0
+
+
 def test_hashing(tmp_path: Path) -> None:
     rows = raw_rows(400)
     write(tmp_path / "raw" / "x.parquet", rows)
@@ -195,7 +257,7 @@ def test_changed_files_are_noticed(tmp_path: Path, capsys: pytest.CaptureFixture
     path.write_bytes(content[:-1])
     with pytest.raises(DataUnavailableError, match=f"has {len(content) - 1} bytes, expected {len(content)}"):
         read_manifest(out)
-    with pytest.raises(DataUnavailableError, match=r"dlrm_example\.data\.prepare"):
+    with pytest.raises(DataUnavailableError, match=r"raw holds no manifest\.json"):
         read_manifest(tmp_path / "raw")
 
 

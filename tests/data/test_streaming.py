@@ -20,7 +20,7 @@ from dlrm_example.data import ColumnChoice, DataUnavailableError, order, prepare
 from dlrm_example.data.dataset import PADDING
 from dlrm_example.data.order import EpochOrder, batch_cuts
 from dlrm_example.data.prefetch import prefetch
-from dlrm_example.data.streaming import PreparedDataset, open_prepared
+from dlrm_example.data.prepared import PreparedDataset, open_prepared
 from tests.data.rows import COLUMNS, Row, prepared_rows, raw_rows, write
 
 NUM_ROWS = 1237

@@ -1,5 +1,6 @@
 """Raw Parquet, prepared and trained on; stopped within an epoch, and gone on with."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,8 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "prepared"
 
 
-def test_from_raw_parquet_to_a_summary(prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_from_raw_parquet_to_a_summary(prepared: Path) -> None:
     flags = [*FLAGS, "--run_dir", str(prepared.parent / "run")]
-    assert main([*flags, "--data_path", str(prepared.parent / "raw")]) == 1
-    assert "make one with: python -m dlrm_example.data.prepare" in capsys.readouterr().err
     assert main([*flags, "--data_path", str(prepared)]) == 0
     summary = read_summary(prepared.parent / "run")
     assert summary.best_val_auroc > 0.9
@@ -55,3 +54,33 @@ def test_a_run_stopped_within_an_epoch_goes_on_as_if_it_was_not(
     interrupted(parse_config(stopped), monkeypatch, 14)
     config = parse_config([*stopped, "--resume"])
     assert outcome(config, train(config)) == expected
+
+
+@pytest.mark.parametrize("chosen", ["", "--label_column y --dense_columns a --sparse_columns u,tags"])
+def test_of_raw_parquet_an_error_gives_the_command_that_prepares_it(
+    chosen: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder of files, hive partitions and all; which then trains."""
+    for day in (1, 2):
+        write(tmp_path / "my logs" / f"day={day}" / "x.parquet", raw_rows(300, day))
+    flags = [*SMALL.split(), "--limit_train_batches", "2", "--run_dir", str(tmp_path / "run"), *chosen.split()]
+    assert main([*flags, "--data_path", str(tmp_path / "my logs")]) == 1
+    said = capsys.readouterr().err
+    command = shlex.split(said.splitlines()[1])
+    assert command[:3] == ["python", "-m", "dlrm_example.data.prepare"]
+    assert prepare(command[3:]) == 0
+    out = command[command.index("--out") + 1]
+    assert main([*flags, "--data_path", out]) == 0
+    manifest = read_manifest(Path(out))
+    expected = (("a",), ["u", "tags"]) if chosen else (("row", "a"), ["u", "i", "tags", "ts", "day"])
+    assert (manifest.dense, [column.name for column in manifest.sparse]) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("nowhere", "nowhere does not exist"), ("", "nor Parquet to prepare; see python -m")]
+)
+def test_without_parquet_there_is_no_such_command(
+    name: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*SMALL.split(), "--run_dir", str(tmp_path / "run"), "--data_path", str(tmp_path / name)]) == 1
+    assert message in capsys.readouterr().err

@@ -15,7 +15,7 @@ def test_defaults_of_flags_are_those_of_the_config() -> None:
 
 
 def test_every_field_has_a_flag() -> None:
-    flags = {action.dest for action in cli._parser()._actions} - {"help"}
+    flags = {action.dest for action in cli._parser()._actions} - {"help", "preset", "print_config"}
     assert flags == set(TrainConfig.__dataclass_fields__)
 
 
@@ -54,6 +54,13 @@ def test_default_compression(method: str, compression: float) -> None:
         ("--checkpoint_every_epochs -1", "--checkpoint_every_epochs is -1; it must be 0 or more"),
         ("--collective_timeout 0", "--collective_timeout is 0.0; it must be above 0"),
         ("--resume --overwrite", "--resume continues what --overwrite would replace"),
+        ("--embedding_optimizer adam", "there are rowwise_adagrad, adagrad, sgd"),
+        ("--lr_decay_steps -1", "--lr_decay_steps is -1; it must be 0 or more"),
+        (
+            "--lr_warmup_steps 9 --lr_decay_start 8 --lr_decay_steps 1",
+            "8 is before the warm-up ends, --lr_warmup_steps 9",
+        ),
+        ("--validation_auroc 80.275", "--validation_auroc is 80.275; it must be above 0.5 and at most 1"),
         ("--recluster_stop_after 1.5", "--recluster_stop_after is 1.5"),
         ("--dense_arch_layer_sizes 64,31", "64,31 must end with --embedding_dim 32"),
         ("--over_arch_layer_sizes 64", "must end with 1"),

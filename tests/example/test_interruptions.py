@@ -6,18 +6,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from cce_torchrec.checkpoint import load_checkpoint
 from dlrm_example import train as train_module
+from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import complete_checkpoints
 from dlrm_example.config import TrainConfig, UsageError, divide_global_batch
+from dlrm_example.data import DATASETS
 from dlrm_example.distributed import World
-from dlrm_example.records import METRICS
-from dlrm_example.stop import StoppedError
+from dlrm_example.model import build_model, collection_of
+from dlrm_example.records import METRICS, read_metrics
+from dlrm_example.stop import StoppedError, StopRequest, StopVote
 from dlrm_example.train import train
 from dlrm_example.trainer import Trainer
 from dlrm_example.windows import Window
+from tests.distributed.harness import RankPool
 from tests.example.test_resume import outcome
 
 Configs = Callable[..., TrainConfig]
@@ -25,6 +31,7 @@ Configs = Callable[..., TrainConfig]
 pytestmark = [
     pytest.mark.filterwarnings("ignore:No (positive|negative) samples in targets:UserWarning"),
     pytest.mark.filterwarnings("ignore:Please use DTensor instead and we are deprecating ShardedTensor:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
 ]
 
 
@@ -102,6 +109,22 @@ def test_torchruns_name_for_unnamed_jobs_is_nobodys(small_config: Configs, monke
     assert train(small_config()).steps == 12
 
 
+def votes(rank: int, world_size: int) -> list[bool]:
+    """Rank 1 is asked in the third step."""
+    request = StopRequest()
+    vote = StopVote(request, World(rank, world_size, torch.device("cpu")), timeout=30.0)
+    passed = []
+    for step in range(1, 7):
+        request.made = request.made or (rank, step) == (1, 3)
+        passed.append(vote.passed())
+    return passed
+
+
+@pytest.mark.distributed
+def test_one_rank_s_request_stops_all_in_the_next_step(ranks2: RankPool) -> None:
+    assert ranks2.run(votes) == [[False, False, False, True, True, True]] * 2
+
+
 def test_random_numbers_go_on(small_config: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model with dropout would draw."""
     drawn: dict[str, list[tuple[int, float]]] = {"whole": [], "parts": []}
@@ -138,7 +161,9 @@ def test_a_window_by_its_definitions() -> None:
     window = Window(World(0, 1, torch.device("cpu")))
     logits, labels = torch.randn(50, generator=generator), (torch.rand(50, generator=generator) < 0.4).float()
     for first, last, loss in ((0, 20, 0.5), (20, 50, 0.7)):
-        window.add(loss, logits[first:last], labels[first:last], seconds=0.25)
+        window.add(logits[first:last], labels[first:last])
+        window.losses.append(loss)
+        window.seconds += 0.25
     scores = window.scores()
     positive, negative = logits[labels == 1][:, None], logits[labels == 0][None, :]
     assert scores["auroc"] == pytest.approx((positive > negative).float().mean().item(), abs=1e-6)
@@ -167,17 +192,45 @@ def test_tensorboard(small_config: Configs, monkeypatch: pytest.MonkeyPatch) -> 
     pytest.importorskip("tensorboard", reason="the package tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    settings = {**CCE, "tensorboard": True, "log_every_steps": 4}
+    settings = {**CCE, "tensorboard": True, "log_every_steps": 4, "checkpoint_every_epochs": 2}
     interrupted(small_config(**settings), monkeypatch, 8)
     config = small_config(**settings, resume=True)
     summary = train(config)
-    events = EventAccumulator(str(Path(config.run_dir) / "tensorboard"))
+    events = EventAccumulator(str(Path(config.run_dir) / "tensorboard"), size_guidance={"histograms": 0})
     events.Reload()
     assert [event.step for event in events.Scalars("window/auroc")] == [4, 8, 12]
     val = events.Scalars("val/bce")
     assert [event.step for event in val] == [6, 12]
     assert min(event.value for event in val) == pytest.approx(summary.best_val_bce)
-    assert len(events.Scalars("recluster/t_user/relative_squared_error")) == summary.reclusterings
+    for name in ("bce", "auroc", "ne", "calibration"):
+        rows = [row for row in read_metrics(Path(config.run_dir)) if row.get("split") == "val"]
+        assert [event.value for event in events.Scalars(f"val/{name}")] == pytest.approx([row[name] for row in rows])
+    assert [event.value for event in events.Scalars("window/learning_rate")] == pytest.approx([0.05] * 3)
+    check_reclusterings(events, config, summary.reclusterings)
+
+
+def check_reclusterings(events: Any, config: TrainConfig, count: int) -> None:
+    """Scalars as in the metrics, and histograms of which the last is of the assignments in the last checkpoint."""
+    rows = [row for row in read_metrics(Path(config.run_dir)) if row["event"] == "recluster"]
+    tables = [{table["table"]: table for table in row["tables"]}["t_user"] for row in rows]
+    assert len(rows) == count
+    for name in ("relative_squared_error", "moved_fraction"):
+        values = [event.value for event in events.Scalars(f"recluster/t_user/{name}")]
+        assert values == pytest.approx([table[name] for table in tables])
+    dataset = DATASETS[config.dataset_name](config.data_path)
+    model = build_model(plan_tables(dataset.info, config), dataset.info, config)
+    load_checkpoint(complete_checkpoints(Path(config.run_dir) / "checkpoints")[-1].path, model)
+    assignments_VC = collection_of(model).lowered_tables[0].row_map.assignments.numpy()
+    for column, clusters_V in enumerate(assignments_VC.T):
+        bits = [event.value for event in events.Scalars(f"recluster/t_user/assignment_entropy_bits/column_{column}")]
+        assert bits == pytest.approx([table["assignment_entropy_bits"][column] for table in tables])
+        found = events.Histograms(f"recluster/t_user/assignments/column_{column}")
+        assert len(found) == count
+        histogram = found[-1].histogram_value
+        assert histogram.num == sum(histogram.bucket) == len(clusters_V)
+        shown = np.repeat(np.ceil(histogram.bucket_limit), np.array(histogram.bucket, dtype=int))
+        width = histogram.bucket_limit[0]
+        assert np.all(np.ceil(np.floor(np.sort(clusters_V) / width + 1) * width) == shown)
 
 
 def test_tensorboard_that_is_missing(small_config: Configs, monkeypatch: pytest.MonkeyPatch) -> None:

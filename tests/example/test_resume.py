@@ -1,6 +1,7 @@
 """Interrupted runs go on as if nothing had happened; what is not complete or does not fit is not gone on from."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dlrm_example.trainer import Trainer
 Configs = Callable[..., TrainConfig]
 Interrupt = Callable[[int], None]
 STEPS = 6  # an epoch
+SCHEDULE = {"lr_warmup_steps": STEPS + 3, "lr_decay_start": 2 * STEPS, "lr_decay_steps": STEPS + 4}
 TIMES = ("train_seconds", "recluster_seconds", "seconds")
 
 pytestmark = [
@@ -69,7 +71,9 @@ def steps_of(config: TrainConfig) -> list[int]:
     [
         ((2 * STEPS + 3,), {"method": "cce", "compression": 4.0, "recluster_count": 5, "adagrad": True}),
         ((STEPS, STEPS + 1), {"method": "cce", "compression": 4.0, "recluster_optimizer_state": "carry"}),
-        ((STEPS + 5,), {"method": "full"}),
+        ((STEPS + 5,), {"method": "full", "embedding_optimizer": "adagrad", "checkpoint_best": False}),
+        ((STEPS + 2, 5), {"method": "full", "embedding_optimizer": "sgd", "learning_rate": 0.5, **SCHEDULE}),
+        ((STEPS + 4,), {"method": "cce", "compression": 4.0, "adagrad": True, **SCHEDULE}),
         ((3,), {"method": "hashing_trick", "compression": 4.0, "adagrad": True}),
         (
             (STEPS + 5, 4),
@@ -92,11 +96,15 @@ def test_a_resumed_run_is_the_undisturbed_one(
     config = small_config("disturbed", **settings, checkpoint_every_epochs=1, resume=True)
     summary = train(config)
     assert outcome(config, summary) == expected
+    val = {row["step"]: row["bce"] for row in read_metrics(Path(config.run_dir)) if row.get("split") == "val"}
+    bests = {step for step in val if val[step] < min((val[other] for other in val if other < step), default=math.inf)}
     every = settings.get("checkpoint_every_steps")
-    saved = [step for step in range(1, 4 * STEPS + 1) if step % STEPS == 0 or (every and step % every == 0)]
-    evaluations = [row for row in read_metrics(Path(config.run_dir)) if row.get("split") == "val"]
-    best = min((row for row in evaluations if row["step"] in saved), key=lambda row: row["bce"])["step"]
+    asked_for = {step for step in range(1, 4 * STEPS + 1) if step % STEPS == 0 or (every and step % every == 0)}
+    saved = sorted(asked_for | (bests if config.checkpoint_best else set()))
+    best = min(val.keys() & saved, key=val.__getitem__)
     assert set(steps_of(config)) == {*saved[-2:], best}
+    index = json.loads((Path(config.run_dir) / "checkpoints" / "index.json").read_text())
+    assert index == {"last": f"step_{4 * STEPS}", "best": f"step_{best}"}
     assert summary.samples == 4 * STEPS * 64
     assert without_times(vars(train(config))) == without_times(vars(summary)), "a finished run has no steps left"
 
@@ -146,7 +154,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     (tmp_path / "step_1" / "trainer.json").unlink()
     (tmp_path / ".step_6").mkdir()
     remove_all_but_the_last_and_best(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_4", "step_5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "step_2", "step_4", "step_5"]
 
 
 def test_weights_that_were_not_evaluated_are_not_the_best(tmp_path: Path) -> None:
@@ -156,7 +164,7 @@ def test_weights_that_were_not_evaluated_are_not_the_best(tmp_path: Path) -> Non
     content["progress"]["evaluations"][-1]["step"] = 2
     write_json(trainer, content)
     remove_all_but_the_last_and_best(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_2", "step_4", "step_5"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index.json", "step_2", "step_4", "step_5"]
 
 
 def test_the_last_is_that_of_the_most_steps(tmp_path: Path) -> None:

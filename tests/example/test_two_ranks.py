@@ -84,6 +84,34 @@ def test_two_ranks_train_like_one_with_twice_the_batch(
         assert two[2] == pytest.approx(one[2], abs=2e-5), one
 
 
+@pytest.mark.parametrize("interaction_type", ["original", "dcn", "projection"])
+def test_every_interaction_trains_on_two_ranks_as_on_one(
+    interaction_type: str, small_config: Callable[..., TrainConfig], ranks2: RankPool
+) -> None:
+    """And learns: the training loss of the last of 12 steps is lower than that of the first."""
+    layers = {"interaction_branch1_layer_sizes": (16,), "interaction_branch2_layer_sizes": (16,), "dcn_low_rank_dim": 4}
+    settings = {
+        "interaction_type": interaction_type,
+        "method": "cce",
+        "compression": 4.0,
+        "recluster_count": 0,
+        **layers,
+    }
+    settings |= {"validation_freq_within_epoch": 2, "learning_rate": 0.3}
+    alone, together = small_config("alone", **settings), small_config("together", **settings, batch_size=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(0, 1, alone)
+    ranks2.run(run, together)
+    losses = [
+        [row["bce"] for row in read_metrics(Path(config.run_dir)) if row["split"] == "train"]
+        for config in (alone, together)
+    ]
+    assert len(losses[0]) == 6
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], abs=2e-5)
+
+
 class StoppedError(Exception):
     """The run is stopped from outside."""
 

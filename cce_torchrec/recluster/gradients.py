@@ -1,0 +1,153 @@
+"""The steps that ids ask for before they are clustered, from the gradients that were recorded of them.
+
+    step(v) = - rate * G(v) / ( T(v) + damping * mean of T )             G, T: see id_gradients.py
+
+For a likelihood, g g^T estimates the curvature of the loss. T bounds it even where all ids move together, since
+
+    ( sum_o g_o . d_o )^2 <= sum_o |g_o| |d_o|^2 * sum_o' |g_o'|
+
+so a step is short enough whatever the number of features. Damping keeps ids that were hardly seen where they are.
+
+Shapes: N ids of a batch, U ids with gradients, D dims, W = D + 1.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cce_torchrec.collection import CompressedEmbeddingBagCollection
+from cce_torchrec.config import method_of
+from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
+from cce_torchrec.id_gradients import IdGradients, SumsById
+from cce_torchrec.lowering import Table
+from cce_torchrec.recluster.collectives import Collectives
+from cce_torchrec.recluster.vocabulary import Block
+
+Collection = CompressedEmbeddingBagCollection | ShardedCompressedEmbeddingBagCollection
+
+_FILE = "id_gradients"  # of a checkpoint, and the number of the rank
+
+
+class IdSteps:
+    """How far to move the vectors of some ids; all others stay.
+
+    Args:
+        ids_U: in rising order.
+        steps_UD: of each.
+    """
+
+    def __init__(self, ids_U: Tensor, steps_UD: Tensor) -> None:
+        self._ids_U = ids_U
+        self._steps = torch.cat([steps_UD, steps_UD.new_zeros(1, steps_UD.shape[1])])  # the last row: stay
+
+    def __call__(self, ids_N: Tensor, dims: slice) -> Tensor:
+        """The steps of some ids in some dims: [N, dims]."""
+        steps, stay = self._steps[:, dims], len(self._ids_U)
+        if stay == 0:
+            return steps.expand(len(ids_N), -1)
+        place_N = torch.searchsorted(self._ids_U, ids_N).clamp_(max=stay - 1)
+        return steps[torch.where(self._ids_U[place_N] == ids_N, place_N, stay)]
+
+
+def gather_steps(
+    recorded: SumsById | None, block: Block, *, rate: float, damping: float, collectives: Collectives
+) -> IdSteps | None:
+    """The steps of this rank's block of ids, from what all ranks recorded; collective.
+
+    Args:
+        recorded: of one table on this rank; ``None`` where nothing was, on all ranks or on none.
+        block: the ids of this rank.
+        rate: a factor of all steps.
+        damping: see the equation above.
+        collectives: how to reach the other ranks.
+    """
+    if recorded is None:
+        return None
+    mine = SumsById(recorded.sums()[1].shape[1])
+    starts = collectives.all_gather_rows(torch.tensor([[block.start, block.stop]]))
+    ids_U, sums_UW = recorded.sums()
+    for rank, (start, stop) in enumerate(starts.tolist()):  # a block at a time, so that no rank holds those of all ids
+        inside_U = (ids_U >= start) & (ids_U < stop)
+        ids_N = collectives.all_gather_rows(ids_U[inside_U])
+        rows_NW = collectives.all_gather_rows(sums_UW[inside_U])
+        if rank == collectives.rank:
+            mine.add(ids_N, rows_NW)
+    ids_U, sums_UW = mine.sums()
+    gradient_UD, bound_U = sums_UW[:, :-1], sums_UW[:, -1]
+    totals = torch.stack([bound_U.double().sum(), torch.tensor(len(bound_U), dtype=torch.float64)])
+    total, number = collectives.all_reduce_sum(totals).tolist()
+    curvature_U = bound_U + damping * total / max(number, 1)
+    steps_UD = torch.where(curvature_U[:, None] > 0, -rate * gradient_UD / curvature_U[:, None], 0)
+    return IdSteps(ids_U.to(block.device), steps_UD.to(block.device))
+
+
+def reclusterable_tables(collection: Collection) -> Iterator[Table]:
+    """The tables of a collection whose assignments are learned."""
+    tables: list[Table] = [*collection.lowered_tables, *collection.decoded_tables]
+    return (table for table in tables if method_of(table.config).reclusterable)
+
+
+def record_gradients(module: nn.Module, on: bool = True) -> None:
+    """Record the gradients by id from the next step on, for the next :func:`cce_torchrec.recluster`, or stop doing so.
+
+    A re-clustering uses what was recorded on all ranks since the last one, and forgets it. It is kept in host memory:
+    4 (D + 1) bytes for each different id that occurred on this rank. Losses must be means over the samples of a rank.
+
+    Args:
+        module: anything that contains compressed collections, sharded or not.
+        on: whether to record; where it is on already, what was recorded is kept.
+
+    Example:
+        >>> from torchrec import KeyedJaggedTensor
+        >>> from cce_torchrec import CCE, CompressedEmbeddingBagConfig
+        >>> table = CompressedEmbeddingBagConfig(
+        ...     name="t", num_embeddings=100, embedding_dim=8, feature_names=["f"], method=CCE(num_rows=4, num_columns=2)
+        ... )
+        >>> model = CompressedEmbeddingBagCollection(tables=[table])
+        >>> record_gradients(model)
+        >>> ids = KeyedJaggedTensor.from_lengths_sync(["f"], torch.tensor([7, 42]), torch.tensor([1, 1]))
+        >>> model(ids)["f"].square().sum().backward()
+        >>> model.id_gradients.by_table["t"].sums()[0]
+        tensor([ 7, 42])
+    """
+    for collection in _collections(module):
+        if not on:
+            collection.id_gradients = None
+        elif collection.id_gradients is None:
+            collection.id_gradients = IdGradients(list(reclusterable_tables(collection)))
+
+
+def _collections(module: nn.Module) -> list[Collection]:
+    """Those with tables to re-cluster."""
+    found = (collection for collection in module.modules() if isinstance(collection, Collection))
+    return [collection for collection in found if any(True for _ in reclusterable_tables(collection))]
+
+
+def save_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) -> None:
+    """Write what this rank has recorded, a file a rank; none where nothing is being recorded."""
+    for file in folder.glob(f"{_FILE}_*.pt"):  # of an earlier save, perhaps by more ranks
+        if int(file.stem.rpartition("_")[2]) % world_size == rank:
+            file.unlink()
+    recorded = {
+        f"{index}.{table}": sums.sums()
+        for index, collection in enumerate(_collections(module))
+        if collection.id_gradients is not None
+        for table, sums in collection.id_gradients.by_table.items()
+    }
+    if recorded:
+        torch.save(recorded, folder / f"{_FILE}_{rank}.pt")
+
+
+def load_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) -> None:
+    """Go on recording where :func:`save_gradients` was; the files are shared out to however many ranks there are now."""
+    files = sorted(folder.glob(f"{_FILE}_*.pt"))
+    record_gradients(module, on=False)
+    record_gradients(module, on=bool(files))
+    for file in files[rank::world_size]:
+        recorded = torch.load(file, map_location="cpu")
+        for index, collection in enumerate(_collections(module)):
+            assert collection.id_gradients is not None
+            for table, sums in collection.id_gradients.by_table.items():
+                sums.add(*recorded[f"{index}.{table}"])
