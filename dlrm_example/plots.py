@@ -85,6 +85,7 @@ def _draw_panel(axes: Axes, panel: Panel, styles: Mapping[str, Mapping[str, Any]
     if panel.floor is not None:
         axes.axhline(panel.floor, label="best possible", color="grey", linestyle=":")
     axes.set(xscale="log", xlabel=panel.size, title=panel.title)
+    axes.tick_params(axis="x", which="both", labelrotation=30, labelsize="small")  # less than a decade has many labels
     axes.grid(alpha=0.3)
 
 

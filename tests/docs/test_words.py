@@ -9,6 +9,7 @@ import pytest
 
 from cce_torchrec import METHODS
 from dlrm_example.cli import parse_config
+from dlrm_example.sweep.cli import parse_sweep
 from tests.docs.fill_readme import fill
 from tests.docs.markdown import PAGES, ROOT, blocks, in_repository, prose, relative_to_root
 
@@ -80,6 +81,11 @@ def test_flags_of_the_example_exist(page: Path) -> None:
                 continue
             config = parse_config(flags)
             assert config.run_dir.startswith(MADE_BY_RUNNING), "where .gitignore looks"
+        if "dlrm_example.sweep" in command:
+            flags = command[command.index("dlrm_example.sweep") + 1 :]
+            sweep = parse_sweep(flags[: flags.index(">")] if ">" in flags else flags)
+            assert sweep.runs()
+            assert sweep.run_dir.startswith(MADE_BY_RUNNING)
 
 
 @every_page

@@ -171,7 +171,9 @@ def test_a_failure_is_told_the_others_are_made_and_only_what_is_missing_is_made_
     assert list(rows) == ["full-seed1", "cce-4x-seed1"]
     for name, row in rows.items():
         summary, config = (read_json(folder / name / kind) for kind in (SUMMARY, CONFIG))
-        assert {key: row[key] for key in summary} == {key: str(value) for key, value in summary.items()}
+        assert {key: row[key] for key in summary} == {
+            key: "" if value is None else str(value) for key, value in summary.items()
+        }
         assert (row["commit"], row["hardware"]) == (config["commit"], config["hardware"])
     page = (folder / "sweep.md").read_text()
     assert f"{float(rows['cce-4x-seed1']['test_bce']):.4f}" in page

@@ -16,6 +16,7 @@ from tests.launch.render import RUNS, dryrun
 from tests.scripts import ROOT
 
 PAGES = [ROOT / "docs" / "launch.md", COMPONENTS.with_name("README.md")]
+MORE_LINES = [ROOT / "docs" / "sweep.md"]
 MARK = "# dry run only"
 
 pytestmark = [
@@ -25,7 +26,8 @@ pytestmark = [
 
 
 def lines() -> list[str]:
-    return [line for page in PAGES if page.exists() for line in re.findall(r"torchx run -s [^`\n]*", page.read_text())]
+    pages = [page for page in [*PAGES, *MORE_LINES] if page.exists()]
+    return [line for page in pages for line in re.findall(r"torchx run -s [^`\n]*", page.read_text())]
 
 
 def test_every_scheduler_has_a_line_on_every_page() -> None:
