@@ -83,9 +83,11 @@ def test_packed_assignments_train_and_cluster_as_plain_ones(name: str, native: b
     else:
         with switched_off():
             (plain, plain_outputs), (packed, packed_outputs) = both()
+    # The fused operator, which takes plain assignments only, adds gradients up in another order.
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if native else {"rtol": 0, "atol": 0}
     for ours, theirs in zip(packed_outputs, plain_outputs, strict=True):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(packed.dense_weight("t"), plain.dense_weight("t"))
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    torch.testing.assert_close(packed.dense_weight("t"), plain.dense_weight("t"), **tolerance)
     ids = torch.arange(V)
     maps = [collection.lowered_tables[0].row_map for collection in (plain, packed)]
     assert torch.equal(maps[0].assigned(ids), maps[1].assigned(ids))
