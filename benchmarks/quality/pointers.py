@@ -1,6 +1,7 @@
 """Which bytes are worth having: BCE against all bytes, over rows, columns, bits and the part of ids with assignments.
 
-Runs are made with an integer an assignment; as bits, results are the same, number by number, and only bytes differ.
+Runs are made with an integer an assignment; as bits, results are the same, number by number, and only bytes differ. They
+re-cluster without recorded gradients.
 """
 
 import statistics
@@ -41,6 +42,7 @@ def settings(dataset: str, params: int, num_columns: int, warm_part: float | Non
         epochs=plans.EPOCHS[dataset],
         options={"num_columns": num_columns},
         id_weights="counts",
+        gradient_steps=0,
         warm_part=warm_part,
     )
 
