@@ -102,7 +102,9 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Spread:
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """What all benchmarks are asked: how long, and where the results go."""
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each way, at most")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no round after that many, but the first")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no round after that many, but the first"
+    )
     parser.add_argument("--folder", type=Path, help="write the results there, such as docs/results (default: nowhere)")
 
 
