@@ -205,11 +205,12 @@ def page(
 
 {markdown_table(header, rows)}
 
-A random CCE table of {BASE.dim} dims a column; {CONFIG.num_iterations} iterations. Ranks are processes of one thread; times are
-those of the slowest rank of a turn, {len(found["copy"]["seconds a byte"])} turns each, in an order that changed; "x faster" is
-against {counts[0]} rank in the same round. Where ranks do not have a core each, the CPU time says what they could gain. "Peak
-extra" is the most that the process of a rank took beside the model, new assignments included; "bound" is the library's.
-"x copy" is CPU time over that of a copy of as many bytes; a core copies {copy.text()} GB/s here, read and written.
+A random CCE table of {BASE.dim} dims a column; {CONFIG.num_iterations} iterations. Ranks are processes of one thread; times
+are those of the slowest rank of a turn, {len(found["copy"]["seconds a byte"])} turns each, in an order that changed; "x
+faster" is against {counts[0]} rank in the same round. Where ranks do not have a core each, the CPU time says what they could
+gain. "Peak extra" is the most that the process of a rank took beside the model, new assignments and all that PyTorch and gloo
+keep for themselves included; "bound" is what the library says that its tensors take at most. "x copy" is CPU time over that
+of a copy of as many bytes; a core copies {copy.text()} GB/s here, read and written.
 
 Made by: {facts}.
 
