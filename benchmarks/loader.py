@@ -193,19 +193,20 @@ def make_page(content: dict[str, Any]) -> str:
             f"* {method}: the loader alone makes {faster.text(1)} times the rows that the model takes; training is "
             f"{verdict}, {loaded.text(2)} times."
         )
+    times = ceiling(rates["loader"], rates[COPY]).text(0)
     notes.append(
-        f"* A row has {ROW_BYTES} bytes in a batch; the loader takes {ceiling(rates['loader'], rates[COPY]).text(0)} times as "
-        "long as reading and writing them once in memory."
+        f"* A row has {ROW_BYTES} bytes in a batch; the loader takes {times} times as long as a copy of them in memory."
     )
     made_by = ", ".join(f"{key} `{value}`" for key, value in content["made_by"].items())
     table = markdown_table(["way", "thousand rows/s (quartiles)", "x batches in memory"], rows)
     data = f"{sizes.rows:,} generated rows with {sizes.num_ids:,} ids a column, B={sizes.batch_size}, D={sizes.embedding_dim}"
+    turns = len(rates[COPY])
     return f"""# The loader beside the model
 
 {table}
 
 13 dense and 26 sparse features, {data}, the example's layers, one
-rank. All ways took {len(rates[COPY])} turns in one run, in an order that changed; ratios are between turns of the same round. In
+rank. All ways took {turns} turns in one run, in an order that changed; ratios are between turns of the same round. In
 brackets: quartiles. A turn of the loader is an epoch from nothing to the last batch, one of a model {sizes.steps} steps, each
 time from the beginning of an epoch. What is read while a model computes has the second core, as far as it is free.
 

@@ -42,13 +42,15 @@ KINDS = ("step", "lookup")
 class Steps:
     """Trains one model over some batches, again and again."""
 
-    def __init__(self, way: Way, sizes: Sizes, zipf: bool, context: Callable[[], AbstractContextManager[None]]) -> None:
+    def __init__(
+        self, way: Way, sizes: Sizes, zipf: bool, context: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self._context = context
         with context():
             self.model = build(way, sizes)
         self.bytes = memory_bytes(way, sizes)
         dense = [parameter for _, parameter in in_backward_optimizer_filter(self.model.named_parameters())]
-        self._dense = torch.optim.Adagrad(dense, lr=0.01) if dense else None
+        self.dense_optimizer = torch.optim.Adagrad(dense, lr=0.01) if dense else None
         generator = torch.Generator().manual_seed(0)
         ids = IdSizes(
             num_tables=sizes.num_tables, batch_size=sizes.batch_size, num_embeddings=sizes.num_embeddings, dim=sizes.dim
@@ -70,9 +72,9 @@ class Steps:
     def step(self) -> None:
         """Forward, backward and optimizer."""
         self._forward().backward(self._gradient)
-        if self._dense is not None:
-            self._dense.step()
-            self._dense.zero_grad()
+        if self.dense_optimizer is not None:
+            self.dense_optimizer.step()
+            self.dense_optimizer.zero_grad()
 
     def lookup(self) -> None:
         """Forward alone."""
