@@ -22,7 +22,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 PACKAGES := cce_torchrec dlrm_example launch
 ARGS ?=
 
-.PHONY: help install quickstart test lint format wheel test-wheel clean clean-venv
+.PHONY: help install quickstart test bench lint format wheel test-wheel clean clean-venv
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ quickstart: install ## Train a small DLRM with compressed tables on MovieLens-10
 
 test: install ## Run the tests (ARGS="-k name -x" is passed on to pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+bench: install ## Run the short set of benchmarks, some minutes (ARGS="--only step"); results in runs/bench
+	$(BIN)/python -m benchmarks $(ARGS)
 
 lint: install ## Check style, formatting and types; changes nothing
 	$(BIN)/ruff check .

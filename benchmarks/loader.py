@@ -1,7 +1,8 @@
 """Is the streaming loader faster than the model that it feeds? 13 dense and 26 sparse features, 4096 rows a batch.
 
-    python -m benchmarks.loader            # some minutes on 2 cores
-    python -m benchmarks.loader --quick    # fewer rows and rounds, writes nothing
+    python -m benchmarks.loader                          # some minutes on 2 cores
+    python -m benchmarks.loader --folder docs/results    # and write the results down
+    python -m benchmarks.loader --quick                  # fewer rows, smaller batches and vectors
 
 The data are generated and prepared first. Then three ways take turns in one process, for full tables and for CCE: all batches
 of an epoch, from nothing to the last, without a model; training steps on batches that are in memory; and training steps on
@@ -23,7 +24,7 @@ import torch
 from torchrec.datasets.utils import Batch
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 
-from benchmarks.harness import Spread, ratio, take_turns, write_results
+from benchmarks.harness import Spread, add_options, copying, ratio, take_turns, times_ceiling, write_results
 from dlrm_example.budget import plan_tables
 from dlrm_example.config import TrainConfig
 from dlrm_example.data import ColumnChoice
@@ -51,18 +52,21 @@ class Sizes:
     batch_size: int
     embedding_dim: int
     steps: int
-    rounds: int
 
 
-FULL = Sizes(rows=1_500_000, num_ids=100_000, batch_size=4096, embedding_dim=32, steps=80, rounds=5)
-QUICK = Sizes(rows=60_000, num_ids=1_000, batch_size=512, embedding_dim=16, steps=20, rounds=2)
+FULL = Sizes(rows=1_500_000, num_ids=100_000, batch_size=4096, embedding_dim=32, steps=80)
+QUICK = Sizes(rows=60_000, num_ids=1_000, batch_size=512, embedding_dim=16, steps=20)
+COPY = "copy, s a byte"
+ROW_BYTES = 4 * (1 + len(CRITEO_DENSE)) + (8 + 4) * len(CRITEO_SPARSE)  # label, dense features, ids and lengths
 
 
 def main() -> None:
-    """Measure, and write the results unless they are quick ones."""
+    """Measure, and write the results where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    sizes = QUICK if (quick := parser.parse_args().quick) else FULL
+    add_options(parser, rounds=5)
+    args = parser.parse_args()
+    sizes = QUICK if args.quick else FULL
     logging.basicConfig(level=logging.WARNING)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -71,12 +75,25 @@ def main() -> None:
         ways = {"loader": lambda: load(dataset, sizes)}
         for method, compression in METHODS.items():
             ways |= model_ways(dataset, method, compression, sizes, world)
-        rates = take_turns(ways, sizes.rounds)
+        rates = take_turns({**ways, COPY: copying(time.perf_counter)}, args.rounds, args.seconds)
     content = {"sizes": asdict(sizes), "rows_a_second": rates, "made_by": provenance()}
     page = make_page(content)
     print(page)
-    if not quick:
-        write_results(NAME, content, page)
+    if args.folder is not None:
+        spreads = {f"loader / {method}": ratio(rates["loader"], rates[in_memory(method)]) for method in METHODS}
+        spreads["loader / ceiling"] = ceiling(rates["loader"], rates[COPY])
+        content["ratios"] = {name: asdict(spread) for name, spread in spreads.items()}
+        write_results(NAME, content, page, args.folder)
+
+
+def in_memory(method: str) -> str:
+    """The way that trains on batches in memory."""
+    return f"{method}, batches in memory"
+
+
+def ceiling(rates: list[float], copies: list[float]) -> Spread:
+    """Times what it takes to read and write the rows once in memory."""
+    return times_ceiling([1 / rate for rate in rates], 2 * ROW_BYTES, copies)
 
 
 def make_data(folder: Path, sizes: Sizes) -> PreparedDataset:
@@ -130,7 +147,7 @@ def model_ways(
     model = shard_model(build_model(plan_tables(dataset.info, config), dataset.info, config), config, world)
     pipeline = TrainPipelineSparseDist(model, build_optimizer(model, config), world.device, execute_all_batches=True)
     next_epoch = epochs(dataset, sizes, sizes.steps)
-    in_memory = list(next_epoch()[1])
+    kept = list(next_epoch()[1])
 
     def train(batches: Iterator[Batch], count: int) -> float:
         started, rows = time.perf_counter(), 0
@@ -149,7 +166,7 @@ def model_ways(
         return train(batches, count)
 
     return {
-        f"{method}, batches in memory": lambda: train(iter(in_memory), len(in_memory)),
+        in_memory(method): lambda: train(iter(kept), len(kept)),
         f"{method}, batches as loaded": as_loaded,
     }
 
@@ -159,14 +176,16 @@ def make_page(content: dict[str, Any]) -> str:
     sizes, rates = Sizes(**content["sizes"]), content["rows_a_second"]
     rows, notes = [], []
     for name, values in rates.items():
+        if name == COPY:
+            continue
         method = name.split(",")[0]
-        base = rates.get(f"{method}, batches in memory")
+        base = rates.get(in_memory(method))
         rows.append(
             [name, Spread.of([value / 1000 for value in values]).text(0), ratio(values, base).text(2) if base else ""]
         )
     for method in METHODS:
-        faster = ratio(rates["loader"], rates[f"{method}, batches in memory"])
-        loaded = ratio(rates[f"{method}, batches as loaded"], rates[f"{method}, batches in memory"])
+        faster = ratio(rates["loader"], rates[in_memory(method)])
+        loaded = ratio(rates[f"{method}, batches as loaded"], rates[in_memory(method)])
         verdict = (
             "as fast from the loader as from memory" if loaded.high >= 1 else "slower from the loader than from memory"
         )
@@ -174,15 +193,20 @@ def make_page(content: dict[str, Any]) -> str:
             f"* {method}: the loader alone makes {faster.text(1)} times the rows that the model takes; training is "
             f"{verdict}, {loaded.text(2)} times."
         )
+    times = ceiling(rates["loader"], rates[COPY]).text(0)
+    notes.append(
+        f"* A row has {ROW_BYTES} bytes in a batch; the loader takes {times} times as long as a copy of them in memory."
+    )
     made_by = ", ".join(f"{key} `{value}`" for key, value in content["made_by"].items())
     table = markdown_table(["way", "thousand rows/s (quartiles)", "x batches in memory"], rows)
     data = f"{sizes.rows:,} generated rows with {sizes.num_ids:,} ids a column, B={sizes.batch_size}, D={sizes.embedding_dim}"
+    turns = len(rates[COPY])
     return f"""# The loader beside the model
 
 {table}
 
 13 dense and 26 sparse features, {data}, the example's layers, one
-rank. All ways took {sizes.rounds} turns in one run, in an order that changed; ratios are between turns of the same round. In
+rank. All ways took {turns} turns in one run, in an order that changed; ratios are between turns of the same round. In
 brackets: quartiles. A turn of the loader is an epoch from nothing to the last batch, one of a model {sizes.steps} steps, each
 time from the beginning of an epoch. What is read while a model computes has the second core, as far as it is free.
 

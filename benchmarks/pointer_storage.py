@@ -8,18 +8,16 @@ is warm, which are the most frequent ones where ids are Zipf's.
 """
 
 import argparse
-import os
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from benchmarks.harness import Spread, ratio, take_turns, write_results
-from benchmarks.sharded_step import Sizes, Way, quieten
+from benchmarks.models import Sizes, Way
+from benchmarks.ranks import free_port, rank_of
 from benchmarks.step import Steps
 from cce_torchrec.methods.assignments import AssignmentStorage
 from cce_torchrec.methods.cce import CCERowMap
@@ -107,26 +105,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="turns of each way")
     parser.add_argument("--record", action="store_true", help="write the results")
     args = parser.parse_args(arguments)
-    quieten()
-    torch.set_num_threads(1)
     sizes = Sizes(
         ranks=1, batch_size=4096, num_tables=26, dim=64, num_embeddings=args.num_embeddings, num_rows=1024,
         num_columns=args.num_columns, bag=1, rounds=args.rounds, steps=1,
     )  # fmt: skip
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
     made_by = provenance()
-    results = {
-        "Uniform ids": measure(sizes, False, nullcontext),
-        "Zipf ids": measure(sizes, True, nullcontext),
-        "Zipf ids, without the native kernels": measure(
-            replace(sizes, rounds=-(-sizes.rounds // 2)), True, switched_off
-        ),
-    }
-    dist.destroy_process_group()
+    with rank_of(0, 1, free_port()):
+        results = {
+            "Uniform ids": measure(sizes, False, nullcontext),
+            "Zipf ids": measure(sizes, True, nullcontext),
+            "Zipf ids, without the native kernels": measure(
+                replace(sizes, rounds=-(-sizes.rounds // 2)), True, switched_off
+            ),
+        }
     text = page(sizes, results, made_by)
     print(text)
     if args.record:

@@ -4,8 +4,8 @@
 
 One thread, whose processor time counts: unlike elapsed time it hardly depends on what else the machine does. The ids are
 uniform, or Zipf: id v with a probability proportional to 1 / (v + 1). Every turn takes the next of several batches. The
-bytes of a batch are its ids, their assignments and the rows that are written; they are set against what `memcpy` moves in
-the same run.
+bytes of a batch are its ids, their assignments and the rows that are written; they are set against a copy of as many bytes
+in memory, in the same run.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.harness import Spread, ratio, take_turns, write_results
+from benchmarks.harness import Spread, add_options, copying, ratio, take_turns, times_ceiling, write_results
 from cce_torchrec import CompressedEmbeddingBagConfig
 from cce_torchrec.lowering import lower_tables
 from cce_torchrec.methods import CCE, CE, HashingTrick
@@ -106,19 +106,6 @@ class Rewrites:
         return self._rewrite(self._batches[self._count % BATCHES]).values()
 
 
-def copy_turn(num_bytes: int) -> Callable[[], float]:
-    """Milliseconds to copy half as many bytes, which reads and writes as many."""
-    source = torch.zeros(num_bytes // 2, dtype=torch.uint8)
-    target = torch.zeros_like(source)
-
-    def turn() -> float:
-        start = time.thread_time()
-        target.copy_(source)
-        return 1e3 * (time.thread_time() - start)
-
-    return turn
-
-
 def in_pytorch(turn: Callable[[], float]) -> Callable[[], float]:
     """The same turn without the native kernels."""
 
@@ -129,9 +116,9 @@ def in_pytorch(turn: Callable[[], float]) -> Callable[[], float]:
     return switched
 
 
-def measure(sizes: Sizes) -> dict[str, dict[str, Any]]:
+def measure(sizes: Sizes, seconds: float = float("inf")) -> dict[str, dict[str, Any]]:
     """Milliseconds, turn by turn, for every method and kind of ids."""
-    results = {}
+    results, cases = {}, 2 * len(methods(sizes))
     for name, method in methods(sizes).items():
         for zipf in (False, True):
             rewrites = Rewrites(method, sizes, zipf)
@@ -139,15 +126,20 @@ def measure(sizes: Sizes) -> dict[str, dict[str, Any]]:
                 expected = rewrites.next()
             rewrites._count -= 1
             assert torch.equal(rewrites.next(), expected)
-            ways = {"native": rewrites.turn, "torch": in_pytorch(rewrites.turn), "copy": copy_turn(rewrites.bytes)}
-            times = take_turns(ways, sizes.rounds)
+            ways = {"native": rewrites.turn, "torch": in_pytorch(rewrites.turn), "copy": copying(time.thread_time)}
+            times = take_turns(ways, sizes.rounds, seconds / cases)
             results[f"{name}, {'Zipf' if zipf else 'uniform'} ids"] = {"bytes": rewrites.bytes, **times}
     return results
 
 
+def ceiling(result: dict[str, Any]) -> Spread:
+    """Of the native kernels: to a copy of as many bytes."""
+    return times_ceiling([ms / 1e3 for ms in result["native"]], result["bytes"], result["copy"])
+
+
 def page(sizes: Sizes, results: dict[str, dict[str, Any]], made_by: dict[str, Any]) -> str:
     """The results for people."""
-    header = ["method and ids", "native ms (quartiles)", "torch ms", "native / torch", "MB moved", "native / copy"]
+    header = ["method and ids", "native ms (quartiles)", "torch ms", "native / torch", "MB moved", "x copy"]
     rows = [
         [
             name,
@@ -155,7 +147,7 @@ def page(sizes: Sizes, results: dict[str, dict[str, Any]], made_by: dict[str, An
             Spread.of(result["torch"]).text(2),
             ratio(result["native"], result["torch"]).text(2),
             f"{result['bytes'] / 1e6:.1f}",
-            ratio(result["native"], result["copy"]).text(1),
+            ceiling(result).text(1),
         ]
         for name, result in results.items()
     ]
@@ -165,9 +157,9 @@ def page(sizes: Sizes, results: dict[str, dict[str, Any]], made_by: dict[str, An
 {markdown_table(header, rows)}
 
 {sizes.num_tables} tables of one feature, V={sizes.num_embeddings:,}, D={sizes.dim}, k={sizes.num_rows}, B={sizes.batch_size},
-one id a bag; one thread. A turn is the processor time of one call of `RowRewriter`. All ways of a line took {sizes.rounds}
-turns in one run, in an order that changed; ratios are between turns of the same round. In brackets: quartiles.
-"MB moved": ids and assignments read, rows written; "copy" moves as many bytes with `memcpy`.
+one id a bag; one thread. A turn is the processor time of one call of `RowRewriter`. All ways of a line took up to
+{sizes.rounds} turns in one run, in an order that changed; ratios are between turns of the same round. In brackets: quartiles.
+"MB moved": ids and assignments read, rows written; "copy" moves as many bytes in memory that no cache holds.
 
 Made by: {facts}.
 
@@ -178,21 +170,26 @@ Raw numbers: [`rewrite.json`](rewrite.json).
 def main() -> None:
     """Measure, and record where asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in asdict(Sizes()).items():
+    defaults = asdict(Sizes())
+    add_options(parser, defaults.pop("rounds"))
+    for name, value in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--record", action="store_true", help="write docs/results/rewrite.{json,md}")
     args = vars(parser.parse_args())
-    record = args.pop("record")
+    seconds, folder = args.pop("seconds"), args.pop("folder")
     sizes = Sizes(**args)
     torch.set_num_threads(1)
     if library() is None:
         raise SystemExit("There are no native kernels here (no C++ compiler, or CCE_TORCHREC_NATIVE=0).")
     made_by = provenance()
-    results = measure(sizes)
+    results = measure(sizes, seconds)
     text = page(sizes, results, made_by)
     print(text)
-    if record:
-        write_results("rewrite", {"made_by": made_by, "sizes": asdict(sizes), "milliseconds": results}, text)
+    if folder is not None:
+        spreads = {f"{name} / PyTorch": ratio(result["native"], result["torch"]) for name, result in results.items()}
+        spreads |= {f"{name} / ceiling": ceiling(result) for name, result in results.items()}
+        content = {"made_by": made_by, "sizes": asdict(sizes), "milliseconds": results}
+        content["ratios"] = {name: asdict(spread) for name, spread in spreads.items()}
+        write_results("rewrite", content, text, folder)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.harness import RESULTS, ROOT, cpu_name, markdown_table, provenance, write_results
+from benchmarks.harness import RESULTS, ROOT, write_results
 from cce_torchrec import (
     CCE,
     CompressedEmbeddingBagCollection,
@@ -32,6 +32,8 @@ from cce_torchrec import (
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.simulate import Machine, Simulation, SimulationConfig, measure, simulate
 from cce_torchrec.simulate.work import recluster_work
+from dlrm_example.provenance import hardware, provenance
+from dlrm_example.report import markdown_table
 
 NAME = "scale"
 CONFIG = Path("benchmarks") / "scale.yaml"
@@ -92,7 +94,7 @@ def run_rank(rank: int, port: int, world_size: int, cases: tuple[Case, ...], res
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    name = f"{cpu_name()}, {world_size} ranks of one thread"
+    name = f"{hardware()}, {world_size} ranks of one thread"
     machine = measure(name, torch.device("cpu"), time.process_time)
     runs = [run_case(case, machine, world_size) for case in cases]
     of_ranks: list[Any] = [None] * world_size

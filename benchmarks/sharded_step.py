@@ -1,7 +1,8 @@
 """Time and bytes of a sharded training step: compressed tables beside TorchRec's own collection, on two CPU ranks.
 
-    python -m benchmarks.sharded_step            # about 3 minutes on 2 cores
-    python -m benchmarks.sharded_step --quick    # smaller sizes, few rounds, writes nothing
+    python -m benchmarks.sharded_step                          # about 3 minutes on 2 cores
+    python -m benchmarks.sharded_step --folder docs/results    # and write them down
+    python -m benchmarks.sharded_step --quick                  # smaller sizes, few rounds
 
 A step is forward (ids to rows included), backward and the row-wise Adagrad that is applied in backward, for tables of V ids
 and D dims with one feature each. Every rank is a process with one thread. All ways take turns in one run; the time of a step
@@ -13,69 +14,27 @@ its algorithm has to: the splits for other ranks (all-to-all), (W-1)/W of the in
 """
 
 import argparse
-import logging
 import math
-import os
-import socket
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch import multiprocessing as mp
-from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
+from torch import Tensor
+from torchrec import KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import (
-    construct_module_sharding_plan,
-    data_parallel,
-    row_wise,
-    table_wise,
-)
-from torchrec.distributed.types import ShardingEnv, ShardingPlan
-from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-from benchmarks.harness import RESULTS, Spread, ratio, take_turns, write_results
-from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
-from cce_torchrec.methods.assignments import AssignmentStorage
+from benchmarks.harness import Spread, add_options, copying, ratio, take_turns, times_ceiling, write_results
+from benchmarks.models import Sizes, Way, build, memory_bytes
+from benchmarks.ranks import on_ranks
+from benchmarks.sent_bytes import CountBytes
 from cce_torchrec.methods.encoding import smallest_int_dtype
 from dlrm_example.provenance import provenance
 from dlrm_example.report import markdown_table
 
 NAME = "sharded_step"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured."""
-
-    ranks: int
-    batch_size: int
-    num_tables: int
-    dim: int
-    num_embeddings: int
-    num_rows: int
-    num_columns: int
-    bag: int
-    rounds: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to train the tables, and the plain collection it is compared with."""
-
-    compressed: bool
-    sharding_type: str
-    base: str | None = None
-    by_id: bool = False
-    storage: AssignmentStorage = field(default_factory=AssignmentStorage)  # of compressed ones
+COPY = "copy, s a byte"
 
 
 WAYS = {
@@ -86,67 +45,6 @@ WAYS = {
     "compressed RW": Way(True, "row_wise", "plain RW"),
     "compressed, ids sharded": Way(True, "data_parallel", "plain RW", by_id=True),
 }
-
-
-class Model(nn.Module):
-    """A collection with a place in a model."""
-
-    def __init__(self, collection: nn.Module) -> None:
-        super().__init__()
-        self.collection = collection
-
-    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Pooled vectors."""
-        return self.collection(features)
-
-
-def build(way: Way, sizes: Sizes) -> DistributedModelParallel:
-    """The sharded model of one way."""
-    torch.manual_seed(0)
-    meta = torch.device("meta")
-    common = [
-        {
-            "name": f"t{t}",
-            "num_embeddings": sizes.num_embeddings,
-            "embedding_dim": sizes.dim,
-            "feature_names": [f"f{t}"],
-        }
-        for t in range(sizes.num_tables)
-    ]
-    collection: CompressedEmbeddingBagCollection | EmbeddingBagCollection
-    if way.compressed:
-        method = CCE(num_rows=sizes.num_rows, num_columns=sizes.num_columns, **vars(way.storage))
-        placement = "sharded" if way.by_id else "replicated"
-        configs = [CompressedEmbeddingBagConfig(**c, method=method, assignment_placement=placement) for c in common]
-        collection = CompressedEmbeddingBagCollection(configs, device=meta)
-    else:
-        collection = EmbeddingBagCollection(tables=[EmbeddingBagConfig(**c) for c in common], device=meta)
-    apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.01})
-    sharder = next(s for s in get_sharders() if s.module_type is type(collection))
-
-    def place(physical_table: str) -> Any:
-        if way.sharding_type == "data_parallel":
-            return data_parallel()
-        if way.sharding_type == "row_wise":
-            return row_wise(compute_kernel="fused")
-        owner = int(physical_table.split(":")[0].removeprefix("t")) % sizes.ranks
-        return table_wise(rank=owner, compute_kernel="fused")
-
-    plan = construct_module_sharding_plan(
-        collection,
-        {name: place(name) for name in sharder.shardable_parameters(collection)},
-        sharder,
-        local_size=sizes.ranks,
-        world_size=sizes.ranks,
-        device_type="cpu",
-    )
-    return DistributedModelParallel(
-        Model(collection),
-        env=ShardingEnv.from_process_group(dist.group.WORLD),
-        device=torch.device("cpu"),
-        plan=ShardingPlan({"collection": plan}),
-        sharders=[sharder],
-    )
 
 
 def make_batches(sizes: Sizes, rank: int, count: int = 4) -> list[tuple[Tensor, Tensor]]:
@@ -189,53 +87,6 @@ class Steps:
         return (time.perf_counter() - start) * 1e3 / self._sizes.steps
 
 
-class CountBytes:
-    """A context in which the bytes that collectives have to send from this rank are counted, by collective."""
-
-    def __init__(self) -> None:
-        self.sent: Counter[str] = Counter()
-        self._original: dict[str, Callable[..., Any]] = {}
-
-    def __enter__(self) -> "CountBytes":
-        for name in ("all_to_all_single", "all_reduce", "reduce_scatter", "reduce_scatter_tensor"):
-            self._wrap(name)
-        for name in ("all_gather", "all_gather_into_tensor"):
-            self._wrap(name)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for name, function in self._original.items():
-            setattr(dist, name, function)
-
-    def _wrap(self, name: str) -> None:
-        original = getattr(dist, name)
-        self._original[name] = original
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            self.sent[name] += sent_bytes(name, args, kwargs)
-            return original(*args, **kwargs)
-
-        setattr(dist, name, counted)
-
-
-def sent_bytes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """What one call of a collective sends from this rank."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    argument = {"all_reduce": ("tensor", 0), "reduce_scatter": ("input_list", 1)}.get(name, ("input", 1))
-    if name == "all_gather":
-        argument = ("tensor", 1)
-    elif name == "all_gather_into_tensor":
-        argument = ("input_tensor", 1)
-    value = kwargs.get(argument[0], args[argument[1]] if len(args) > argument[1] else None)
-    assert value is not None, f"{name} called in a way that is not counted: {list(kwargs)}"
-    size = sum(t.numel() * t.element_size() for t in (value if isinstance(value, list) else [value]))
-    if name == "all_to_all_single":
-        splits = kwargs.get("input_split_sizes", args[3] if len(args) > 3 else None)
-        return size * (ranks - 1) // ranks if not splits else size - size * splits[rank] // max(sum(splits), 1)
-    share = {"all_reduce": 2 * (ranks - 1) / ranks, "all_gather": ranks - 1, "all_gather_into_tensor": ranks - 1}
-    return round(size * share.get(name, (ranks - 1) / ranks))
-
-
 def count_step(steps: Steps) -> dict[str, int]:
     """Bytes sent in one step, by collective: the mean of all ranks."""
     with CountBytes() as count:
@@ -246,45 +97,35 @@ def count_step(steps: Steps) -> dict[str, int]:
     return {name: round(sum(sent.get(name, 0) for sent in of_ranks) / len(of_ranks)) for name in names}
 
 
-def run_rank(rank: int, port: int, sizes: Sizes, names: list[str], result: Any) -> None:
-    """One rank's life."""
-    quieten()
-    torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(sizes.ranks), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(sizes.ranks)
-    )
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=sizes.ranks)
-    ways = {name: Steps(build(WAYS[name], sizes), sizes, rank) for name in names}
+def run_rank(
+    sizes: Sizes, names: list[str], seconds: float
+) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+    """One rank's life: its milliseconds a step, turn by turn, and the bytes that were sent, for each way."""
+    ways = {name: Steps(build(WAYS[name], sizes), sizes, dist.get_rank()) for name in names}
     for steps in ways.values():
         for _ in range(3):
             steps.step()
     sent = {name: count_step(steps) for name, steps in ways.items()}
-    times = take_turns({name: steps.turn for name, steps in ways.items()}, sizes.rounds)
-    of_ranks: list[Any] = [None] * sizes.ranks
-    dist.all_gather_object(of_ranks, times)
-    if rank == 0:
-        slowest = {name: [max(turn) for turn in zip(*(t[name] for t in of_ranks), strict=True)] for name in names}
-        result.put((slowest, sent))
-    dist.barrier()
-    dist.destroy_process_group()
+    turns = {name: steps.turn for name, steps in ways.items()}
+    return take_turns({**turns, COPY: copying(time.perf_counter)}, sizes.rounds, seconds), sent
 
 
-def quieten() -> None:
-    """What torchrec and fbgemm say about themselves."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-
-
-def measure(sizes: Sizes, names: list[str]) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
+def measure(
+    sizes: Sizes, names: list[str], seconds: float = float("inf")
+) -> tuple[dict[str, list[float]], dict[str, dict[str, int]]]:
     """Milliseconds a step, turn by turn, and bytes sent a step and rank, by collective; for each way."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    result = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(run_rank, args=(port, sizes, names, result), nprocs=sizes.ranks)
-    times, sent = result.get()
-    return times, sent
+    of_ranks = on_ranks(sizes.ranks, run_rank, sizes, names, seconds)
+    slowest = {
+        name: [max(turn) for turn in zip(*(times[name] for times, _ in of_ranks), strict=True)]
+        for name in [*names, COPY]
+    }
+    return slowest, of_ranks[0][1]
+
+
+def ceiling(name: str, sizes: Sizes, times: dict[str, list[float]], sent: dict[str, dict[str, int]]) -> Spread:
+    """Times what it takes to copy what a rank moves: in memory, and what it sends and receives."""
+    num_bytes = memory_bytes(WAYS[name], sizes)["step"] + 2 * sum(sent[name].values())
+    return times_ceiling([ms / 1e3 for ms in times[name]], num_bytes, times[COPY])
 
 
 def expected_bytes(way: Way, sizes: Sizes) -> dict[str, float]:
@@ -313,7 +154,7 @@ def expected_bytes(way: Way, sizes: Sizes) -> dict[str, float]:
 
 def page(sizes: Sizes, times: dict[str, list[float]], sent: dict[str, dict[str, int]], made_by: dict[str, Any]) -> str:
     """The results for people."""
-    header = ["step", "ms (quartiles)", "x plain TW", "x plain RW", "MB sent a step and rank", "by formula"]
+    header = ["step", "ms (quartiles)", "x plain TW", "x plain RW", "MB sent a step and rank", "by formula", "x copy"]
     rows = [
         [
             name,
@@ -321,11 +162,12 @@ def page(sizes: Sizes, times: dict[str, list[float]], sent: dict[str, dict[str, 
             *(ratio(times[name], times[base]).text(2) if base in times else "" for base in ("plain TW", "plain RW")),
             f"{sum(sent[name].values()) / 1e6:.2f}",
             f"{sum(expected_bytes(WAYS[name], sizes).values()) / 1e6:.2f}",
+            ceiling(name, sizes, times, sent).text(1),
         ]
-        for name in times
+        for name in sent
     ]
     verdicts = []
-    for name in times:
+    for name in sent:
         base = WAYS[name].base
         if base in times:
             assert base is not None
@@ -343,14 +185,15 @@ def page(sizes: Sizes, times: dict[str, list[float]], sent: dict[str, dict[str, 
 {markdown_table(header, rows)}
 
 {setting}
-A step is forward (ids to rows included), backward and row-wise Adagrad. All ways took {sizes.rounds} turns of
+A step is forward (ids to rows included), backward and row-wise Adagrad. All ways took {len(times[COPY])} turns of
 {sizes.steps} steps in one run, in an order that changed; ratios are between turns of the same round. In brackets: quartiles.
 TW: table_wise, RW: row_wise, DP: data_parallel; "ids sharded" is `assignment_placement="sharded"`.
 
 {chr(10).join(verdicts)}
 
 Bytes were counted in the run, by wrapping the functions of `torch.distributed`; the formula counts ids, lengths, pooled
-vectors and gradients.
+vectors and gradients. "x copy" is against the time to copy the bytes that a rank must move: ids, assignments, rows and pooled
+vectors in memory, and what it sends and receives.
 
 Made by: {facts}.
 
@@ -369,11 +212,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_rows", type=int, default=1024, help="k of CCE (and as many helper rows)")
     parser.add_argument("--num_columns", type=int, default=4, help="c of CCE")
     parser.add_argument("--bag", type=int, default=1, help="ids a bag")
-    parser.add_argument("--rounds", type=int, default=25, help="turns of each way")
+    add_options(parser, rounds=25)
     parser.add_argument("--steps", type=int, default=5, help="timed steps a turn")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
-    parser.add_argument("--folder", type=Path, default=RESULTS, help="where the results are written")
-    parser.add_argument("--quick", action="store_true", help="small sizes, 3 rounds, nothing written")
+    parser.add_argument("--quick", action="store_true", help="small sizes, 3 rounds")
     args = parser.parse_args(arguments)
     if args.quick:
         small = {"batch_size": 256, "num_tables": 6, "num_embeddings": 5000, "num_rows": 256, "rounds": 3, "steps": 2}
@@ -387,14 +229,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     sizes = Sizes(**{name: getattr(args, name) for name in Sizes.__dataclass_fields__})
     made_by = provenance()
-    times, sent = measure(sizes, args.ways)
+    times, sent = measure(sizes, args.ways, args.seconds)
     text = page(sizes, times, sent, made_by)
     print(text)
     for name in args.ways:
         counted, formula = sum(sent[name].values()), sum(expected_bytes(WAYS[name], sizes).values())
         if not math.isclose(counted, formula, rel_tol=0.05):
             print(f"NOTE: {name} sent {counted:,} bytes, by formula {formula:,.0f}: {sent[name]}")
-    if not args.quick:
+    if args.folder is not None:
         content = {
             "sizes": asdict(sizes),
             "provenance": made_by,
@@ -403,10 +245,11 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{name} / {base}": asdict(ratio(times[name], times[base]))
                 for name in times
                 for base in ("plain TW", "plain RW")
-                if base in times
-            },
+                if base in times and name != COPY
+            }
+            | {f"{name} / ceiling": asdict(ceiling(name, sizes, times, sent)) for name in sent},
             "bytes_sent_per_step_and_rank": {
-                name: {"total": sum(sent[name].values()), "by_collective": sent[name]} for name in times
+                name: {"total": sum(sent[name].values()), "by_collective": sent[name]} for name in sent
             },
         }
         write_results(NAME, content, text, args.folder)

@@ -68,13 +68,13 @@ class Instrument(ExitStack):
 
         self.enter_context(mock.patch.object(Tracker, "nearest", counted_nearest))
         self._count(seeding, "_costs_by_scores", "seeding")
-        by_differences = seeding.squared_distances
+        to_candidates = seeding._to_candidates
 
-        def counted_candidates(points_ND: Tensor, centroids_KD: Tensor) -> Tensor:
-            self.distances["candidates"] += len(centroids_KD) * (len(points_ND) == 1)  # a pick to all candidates
-            return by_differences(points_ND, centroids_KD)
+        def counted_candidates(point_D: Any, points_MD: Any) -> Any:
+            self.distances["candidates"] += len(points_MD)
+            return to_candidates(point_D, points_MD)
 
-        self.enter_context(mock.patch.object(seeding, "squared_distances", counted_candidates))
+        self.enter_context(mock.patch.object(seeding, "_to_candidates", counted_candidates))
         for name, given in (("all_reduce", 0), ("all_gather", 1)):
             self._listen(name, given)
         return self
