@@ -5,6 +5,7 @@ import logging
 import pickle
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,23 +14,19 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from torchrec.distributed import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
-from torchrec.distributed.planner.types import Topology
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, data_parallel
+from torchrec.distributed.types import ShardingPlan
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from cce_torchrec import (
-    CompressedEmbeddingBagCollection,
-    CompressedEmbeddingBagConfig,
-    get_sharders,
-    parameter_constraints,
-)
+from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, get_sharders
 from cce_torchrec.gpu import Lookup, dispatch, takes
 from cce_torchrec.hashing import MAX_ROWS, hash_coefficients, hash_rows
 from cce_torchrec.methods import CCE, CE, PQ, QR, Bloom, FullTable, HashingTrick, ResidualCCE
 from cce_torchrec.methods.base import RowMap, RowMethod
 from cce_torchrec.native.lookup import LookupTable, Piece
 from cce_torchrec.native.stores import ParameterStore
+from cce_torchrec.rewrite import RowRewriter
 from tests.gpu.conftest import Run
 from tests.unit.oracles import python_hash
 
@@ -159,14 +156,13 @@ def features_of(size: int = B) -> KeyedJaggedTensor:
 
 
 def declines(*_: object) -> None:
-    raise AssertionError("left to the inner collection")
+    raise AssertionError("left to the rewrite")
 
 
 def check_collection(is_weighted: bool) -> None:
     collection, features = collection_of(is_weighted=is_weighted), features_of()
-    inner = collection._embedding_bag_collection
-    collection._embedding_bag_collection.forward = declines  # type: ignore[method-assign]
-    out = collection(features)
+    with patch.object(RowRewriter, "__call__", declines):
+        out = collection(features)
     for key in ("a", "b", "c"):
         weight = collection.dense_weight("u" if key == "c" else "t").double()
         weights = features[key].to_dense_weights() if is_weighted else [None] * B
@@ -174,13 +170,11 @@ def check_collection(is_weighted: bool) -> None:
             vectors = weight[bag] if sample is None else weight[bag] * sample.double()[:, None]
             total = vectors.sum(0) / (max(len(bag), 1) if key == "c" else 1)
             torch.testing.assert_close(vector.double(), total, rtol=1e-5, atol=1e-5)
-    copies = [copy.deepcopy(collection), pickle.loads(pickle.dumps(collection_of(is_weighted=is_weighted)))]
-    for other in copies:
+    for other in (copy.deepcopy(collection), pickle.loads(pickle.dumps(collection))):
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.mul_(2)
         torch.testing.assert_close(other(features).values(), 2 * out.values())
-    del inner.forward
     assert collection(features_of(0)).values().shape == (0, 48)
 
 
@@ -243,36 +237,24 @@ def check_data_parallel() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         plain, features = collection_of(), features_of()
-        constraints = {t: ParameterConstraints(sharding_types=["data_parallel"]) for t in ("t", "u")}
-        sharders = get_sharders()
-        planner = EmbeddingShardingPlanner(
-            topology=Topology(world_size=1, compute_device="cpu"),
-            constraints=parameter_constraints(plain, constraints),
+        sharder = next(s for s in get_sharders() if s.module_type is CompressedEmbeddingBagCollection)
+        names = [name for table in plain.lowered_tables for name in table.physical_names]
+        plan = construct_module_sharding_plan(
+            plain, {name: data_parallel() for name in names}, local_size=1, world_size=1, device_type="cpu",
+            sharder=sharder,
+        )  # fmt: skip
+        sharded = DistributedModelParallel(
+            collection_of(), device=torch.device("cpu"), plan=ShardingPlan(plan={"": plan}), sharders=[sharder]
         )
-        plan = planner.plan(nn.Sequential(plain), sharders)
-        model = DistributedModelParallel(
-            nn.Sequential(collection_of()), device=torch.device("cpu"), plan=plan, sharders=sharders
-        )
-        model.load_state_dict({f"0.{name}": value for name, value in plain.state_dict().items()})
-        calls: list[int] = []
-        original = Lookup.__call__
-
-        def counted(self: Lookup, *args: Any) -> Tensor | None:
-            out = original(self, *args)
-            calls.append(self._triton.width if out is not None else 0)
-            return out
-
-        Lookup.__call__ = counted  # type: ignore[method-assign]
-        out = model(features)
-        Lookup.__call__ = original  # type: ignore[method-assign]
-        assert calls == [48]
+        sharded.load_state_dict(plain.state_dict())
+        with patch.object(RowRewriter, "__call__", declines):
+            out = dict(sharded(features).wait().to_dict())
         expected = plain(features)
-        values = KeyedJaggedTensor  # noqa: F841
         for key in ("a", "b", "c"):
             torch.testing.assert_close(out[key], expected[key])
-        out.values().square().sum().backward()
+        torch.cat([out[key] for key in expected.keys()], dim=1).square().sum().backward()  # noqa: SIM118
         expected.values().square().sum().backward()
-        gradients = {name.removeprefix("0."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {name: parameter.grad for name, parameter in sharded.named_parameters()}
         for name, parameter in plain.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad)
     finally:
