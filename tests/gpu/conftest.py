@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+with warnings.catch_warnings():  # torchmetrics 1.0.3 compares versions by distutils when it is imported
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import torchmetrics  # noqa: F401
+
 Run = Callable[..., Any]
 
 

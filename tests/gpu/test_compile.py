@@ -22,7 +22,9 @@ def assembly(kernel: Any, types: dict[str, str], constants: dict[str, Any], capa
     from triton.compiler import ASTSource
 
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = {(n,): [["tt.divisibility", 16]] for n, name in enumerate(signature) if name in ("out", "gradient", "sums")}
+    aligned = {
+        (n,): [["tt.divisibility", 16]] for n, name in enumerate(signature) if name in ("out", "gradient", "sums")
+    }
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert len(compiled.asm["cubin"]) > 0
