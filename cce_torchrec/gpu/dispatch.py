@@ -77,7 +77,7 @@ class Lookup:
 
     @functools.cached_property
     def _triton(self) -> "TritonLookup":
-        from cce_torchrec.gpu.lookup import TritonLookup
+        from cce_torchrec.gpu.lookup import TritonLookup  # Triton is not there everywhere
 
         return TritonLookup(*self._made_of, self._mode)
 

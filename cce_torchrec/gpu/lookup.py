@@ -65,6 +65,7 @@ class _Jobs:
 
     Attributes:
         made_of: the addresses they are valid for.
+        device: of everything.
         of_kinds: int64 [jobs, JOB_WORDS] of each kind.
         sources: tensors that they point to, besides the weights.
         is_plain: whether all weights are such that the kernels can look them up.
@@ -72,6 +73,7 @@ class _Jobs:
     """
 
     made_of: tuple[Any, ...]
+    device: torch.device
     of_kinds: dict[_Kind, Tensor]
     sources: tuple[Tensor, ...]
     is_plain: bool
@@ -96,7 +98,7 @@ class TritonLookup:
         if self.store.steps or torch.are_deterministic_algorithms_enabled():
             return None
         jobs = self._refreshed()
-        if jobs is None or not jobs.is_plain:
+        if jobs is None or not jobs.is_plain or not jobs.device == ids_N.device == offsets.device:
             return None
         weights_N = None if sample_weights_N is None else sample_weights_N.detach().float().contiguous()
         batch = ids_N.contiguous(), offsets.contiguous(), weights_N
@@ -140,6 +142,7 @@ def _jobs(
     pointed = tuple(t for source in sources for t in (source.assignments, source.coefficients) if t is not None)
     return _Jobs(
         made_of=made_of,
+        device=weights[0].device,
         of_kinds={kind: torch.tensor(jobs, device=weights[0].device) for kind, jobs in words.items()},
         sources=pointed,
         is_plain=takes(*weights, *pointed) and all(weight.dtype == torch.float32 for weight in weights),

@@ -67,6 +67,21 @@ def check_ties() -> None:
     assert torch.equal(assign_nearest(grid_ND, corners_KD)[0], expected_N)
 
 
+def check_equal_scores() -> None:
+    from cce_torchrec.gpu.nearest import two_least
+
+    points_ND, centroids_KD = made(20, 3, 50)
+    four_KD = centroids_KD.repeat(4, 1)  # within a tile of centroids, and in several
+    norms_K = four_KD.square().sum(1)
+    nearest_N, least_N, second_N = two_least(points_ND, four_KD.T.contiguous(), norms_K)
+    assert torch.equal(nearest_N, distances(points_ND, centroids_KD).argmin(dim=1))
+    assert torch.equal(least_N, second_N)
+
+
+def test_equal_scores(interpreter: Run) -> None:
+    interpreter(check_equal_scores)
+
+
 def test_ties_go_to_the_lowest_index(interpreter: Run) -> None:
     interpreter(check_ties)
 
