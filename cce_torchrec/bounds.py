@@ -9,7 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 logger = logging.getLogger(__name__)
 
-_FATAL = (BoundsCheckMode.FATAL, BoundsCheckMode.V2_FATAL)
+FATAL = (BoundsCheckMode.FATAL, BoundsCheckMode.V2_FATAL)
 _WARNING = (BoundsCheckMode.WARNING, BoundsCheckMode.V2_WARNING)
 
 
@@ -40,7 +40,7 @@ class BoundsCheck:
             if low >= 0 and high < self.num_embeddings:
                 return ids_N
         bad_N = (ids_N < 0) | (ids_N >= self.num_embeddings)
-        if self.mode in _FATAL:
+        if self.mode in FATAL:
             self._fail(ids_N, bad_N)
         elif self.mode in _WARNING and ids_N.device.type == "cpu":
             self._warn(ids_N, bad_N)

@@ -81,7 +81,9 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._rewrite = RowRewriter(
             self.lowered_tables, [config.name for config in physical], is_weighted, bounds_check_mode
         )
-        self._fused = FusedCollection(self.lowered_tables, self._embedding_bag_collection, is_weighted)
+        self._fused = FusedCollection(
+            self.lowered_tables, self._embedding_bag_collection, is_weighted, bounds_check_mode
+        )
         self._relabel = Relabel(self.lowered_tables)
         names = {table.name: table.embedding_names for table in self.tables()}
         self._embedding_names = [name for config in self._configs for name in names[config.name]]

@@ -1,7 +1,7 @@
-"""Where the native operator takes ids to pooled vectors in one pass, in place of a rewrite and a lookup of its rows.
+"""Where an operator takes ids to pooled vectors in one pass, in place of a rewrite and a lookup of its rows.
 
 It is the fast path of the same tables: parameters, state and results are those of the inner collection, which does whatever
-the operator declines (other devices and types, optimizers, rows with weights, ids out of bounds).
+the operator of their device (gpu/dispatch.py) declines (other types, optimizers, rows with weights, ids out of bounds).
 """
 
 import itertools
@@ -9,14 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
+from cce_torchrec.gpu import Lookup, can_look_up
 from cce_torchrec.lowering import LoweredTable
-from cce_torchrec.native import library
-from cce_torchrec.native.lookup import FusedLookup, LookupTable, Piece
+from cce_torchrec.native.lookup import LookupTable, Piece
 from cce_torchrec.native.stores import ParameterStore, features_of_tables, store_of
 from cce_torchrec.rewrite import RowRewriter, check_weights, select_features
 
@@ -28,9 +29,12 @@ class FusedCollection:
         tables: those of row methods.
         inner: the collection with their codebooks.
         is_weighted: whether KJTs carry weights.
+        mode: what happens to ids out of bounds.
     """
 
-    def __init__(self, tables: Sequence[LoweredTable], inner: EmbeddingBagCollection, is_weighted: bool) -> None:
+    def __init__(
+        self, tables: Sequence[LoweredTable], inner: EmbeddingBagCollection, is_weighted: bool, mode: BoundsCheckMode
+    ) -> None:
         self._is_weighted = is_weighted
         self._features = [feature for table in tables for feature in table.config.feature_names]
         self._keys = [
@@ -48,7 +52,7 @@ class FusedCollection:
             laid_out.append(LookupTable(table.row_map, feature, tuple(pieces)))
             width, feature = width + count * table.width, feature + count
         bags = [inner.embedding_bags[name] for table in tables for name in table.physical_names]
-        self._lookup = FusedLookup(laid_out, len(self._features), width, ParameterStore(bags))
+        self._lookup = Lookup(laid_out, len(self._features), width, ParameterStore(bags), mode)
 
     def __call__(self, features: KeyedJaggedTensor) -> KeyedTensor | None:
         """Pooled physical features, those of a logical one side by side; ``None`` where the operator declines."""
@@ -74,7 +78,7 @@ class FusedForward:
     """
 
     def __init__(
-        self, parts: Sequence[FusedLookup], rewrite: RowRewriter, forward: Callable[..., Tensor], is_weighted: bool
+        self, parts: Sequence[Lookup], rewrite: RowRewriter, forward: Callable[..., Tensor], is_weighted: bool
     ) -> None:
         self._parts, self._rewrite, self._forward, self._is_weighted = parts, rewrite, forward, is_weighted
 
@@ -105,13 +109,15 @@ def take_ids(lookup: nn.Module, rewrite: RowRewriter, is_weighted: bool) -> bool
     modules = [part.emb_module for part in grouped._emb_modules]
     stores = [store_of(tbe) for tbe in modules]
     sources = [table.row_map.source() for table in rewrite.tables]
-    if library() is None or not modules or None in stores or None in sources:
+    known = [store for store in stores if store is not None]
+    if not modules or len(known) < len(stores) or None in sources:
+        return False
+    if not all(can_look_up(weights) for store in known for weights in store.weights()):
         return False
     parts, first = [], 0
-    for tbe, store in zip(modules, stores, strict=True):
-        assert store is not None
+    for tbe, store in zip(modules, known, strict=True):
         tables = _laid_out(rewrite, first, tbe)
-        parts.append(FusedLookup(tables, len(rewrite.features), int(tbe.D_offsets[-1]), store))
+        parts.append(Lookup(tables, len(rewrite.features), int(tbe.D_offsets[-1]), store, rewrite.mode))
         first += len(store.weights())
     grouped.forward = FusedForward(parts, rewrite, grouped.forward, is_weighted)
     return True

@@ -75,6 +75,7 @@ class RowRewriter:
         self.tables = list({table_of[name].name: table_of[name] for name in physical_tables}.values())
         self.features = [feature for table in self.tables for feature in table.config.feature_names]
         self._checks = [BoundsCheck(table.config, mode) for table in self.tables]
+        self.mode = mode
         self._is_weighted, self._looks_up_weights = is_weighted, looks_up_weights(tables, is_weighted)
         self._layout(physical_tables, table_of)
 

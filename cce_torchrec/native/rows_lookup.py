@@ -41,7 +41,7 @@ def use_native_lookups(module: nn.Module) -> int:
 
 def _lookup(tbe: Any) -> FusedLookup | None:
     store = store_of(tbe)
-    if store is None:
+    if store is None or not all(weight.is_cpu for weight in store.weights()):
         return None
     columns_F = tbe.D_offsets.tolist()
     tables = [

@@ -167,8 +167,7 @@ def _is_packed(tbe: Any) -> bool:
 def _is_plain(tbe: Any, weights: Tensor) -> bool:
     tables = _tables_of_features(tbe)
     return bool(
-        weights.is_cpu
-        and weights.dtype == torch.float32
+        weights.dtype == torch.float32
         and tbe.output_dtype == SparseType.FP32.as_int()
         and tbe.pooling_mode == PoolingMode.SUM
         and tables == sorted(tables)

@@ -1,6 +1,7 @@
 """The nearest of many centroids, exactly and fast: where the time of a clustering goes.
 
-On a CPU with a C++ compiler ``native/nearest.cpp`` finds them; otherwise, and on a GPU, this file does. Per block of points
+On a CPU with a C++ compiler ``native/nearest.cpp`` finds them; otherwise, and on a GPU, this file does, there with a Triton
+kernel for the scores where it is asked for (gpu/nearest.py). Per block of points
 (small enough to stay in cache) it is a matrix product and a minimum in two levels: a vectorised ``amin`` over strided
 classes of centroids (arg-min kernels are several times slower than ``amin`` on a CPU), then the arg-min of the few class
 minima and of the winning class. The same two small arrays give the runner-up, hence a proof that rounding did not matter;
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cce_torchrec.gpu import takes
 from cce_torchrec.native.nearest import NativeSearch
 
 CPU_BLOCK_ELEMENTS = 2**20  # scores of a block and thread: 4 MiB of float32
@@ -72,7 +74,9 @@ class Tracker:
         self._points_ND, self._block, self._once = points_ND, block, once
         self._guess_N: Tensor | None = None
         rounding = score_rounding(points_ND.dtype, points_ND.shape[1])
-        self._native = NativeSearch.build(points_ND, num_centroids, rounding=rounding, once=once)
+        self._native = None
+        if not _by_triton(points_ND):
+            self._native = NativeSearch.build(points_ND, num_centroids, rounding=rounding, once=once)
 
     def nearest(self, centroids_KD: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest of K centroids for each point, int64 [N], and the squared distance to it, [N]."""
@@ -115,7 +119,9 @@ class Search:
         self._centred_DK = pad(centred_KD, (0, 0, 0, padding)).T.contiguous()
         self._rounding = score_rounding(dtype, D)
         self._block = min(block or default_block(K, device), max(num_points, 1))
-        self._scores_BK = torch.empty(self._block, self._groups * self._classes, dtype=dtype, device=device)
+        self._by_triton = _by_triton(centroids_KD)
+        held = 0 if self._by_triton else self._block
+        self._scores_BK = torch.empty(held, self._groups * self._classes, dtype=dtype, device=device)
 
     def chunks(self, N: int) -> Iterator[slice]:
         """Cuts N points in chunks for :meth:`nearest`, of several blocks each."""
@@ -140,6 +146,11 @@ class Search:
         centred_ND = points_ND - self._origin_D
         # Either score is wrong by at most rounding * (|x| + |c|)^2, and |c| <= |x| + d: 16 |x|^2 + 4 d^2 covers both.
         slack_N = centred_ND.square().sum(dim=1).mul_(20 * self._rounding)
+        if self._by_triton:
+            from cce_torchrec.gpu.nearest import two_least
+
+            assignment_N, least_N, second_N = two_least(centred_ND, self._centred_DK, self._norms_K)
+            return assignment_N, self._too_close(least_N, second_N, slack_N)
         assignment_N = torch.empty(len(points_ND), dtype=torch.int64, device=points_ND.device)
         uncertain_N = torch.empty(len(points_ND), dtype=torch.bool, device=points_ND.device)
         for at in slices(len(points_ND), self._block):
@@ -185,6 +196,10 @@ class Search:
         """The arg-min of |x - c|^2 without the cancellation of the expanded square, in float64."""
         chunks = points_BD.split(max(1, CPU_BLOCK_ELEMENTS // len(self._centroids_KD)))
         return torch.cat([squared_distances(chunk, self._centroids_KD).argmin(dim=1) for chunk in chunks])
+
+
+def _by_triton(points_ND: Tensor) -> bool:
+    return points_ND.dtype == torch.float32 and takes(points_ND.contiguous())
 
 
 def _first_of_equals(rows_KD: Tensor) -> Tensor:
