@@ -133,7 +133,9 @@ def test_three_steps_of_an_optimizer(columns: int, dim: int, optimizer: EmbOptim
         gradient = torch.randn_like(out)
         out.backward(gradient)
         expected.backward(gradient.double())
-        row_map.replace(row_map.assignments.flip(0), None, row_map.draw_helper_coefficients(step + 1))  # a re-clustering
+        row_map.replace(
+            row_map.assignments.flip(0), None, row_map.draw_helper_coefficients(step + 1)
+        )  # a re-clustering
         for c, leaf in enumerate(leaves):
             assert leaf.grad is not None
             sums[c] += leaf.grad.square().mean(1)
