@@ -1,6 +1,6 @@
 """How evenly the ids of a table use its codebooks: counts of learned assignments, and their entropy.
 
-Shape suffixes: V ids, N some of them, K clusters.
+Shape suffixes: V ids, N some of them, A assignments an id, K clusters.
 """
 
 import math
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cce_torchrec.lowering import LoweredTable, Table
+from cce_torchrec.methods.base import id_chunks
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.recluster.step import Collection, reclusterable_tables
@@ -42,11 +43,21 @@ def _counts_of(table: Table) -> Iterator[Tensor]:
         yield from (_counts(offsets_V, len(stored.memory)).cpu() for offsets_V in stored.offsets.T)
         return
     assert isinstance(stored, CCERowMap)
-    for clusters_V in stored.assignments.T:
-        counts_K = _counts(clusters_V, stored.level_rows)
-        if len(clusters_V) < stored.num_embeddings:  # a block of ids: the others are on other ranks
-            dist.all_reduce(counts_K)
-        yield counts_K.cpu()
+    counts_AK = _assigned_counts(stored)
+    if stored.warm_ids is None and len(stored.assignments) < stored.num_embeddings:  # a block: others have the rest
+        dist.all_reduce(counts_AK)
+    yield from counts_AK.cpu()
+
+
+def _assigned_counts(row_map: CCERowMap) -> Tensor:
+    """Of the ids of this rank, however their assignments are stored; ids without one count where they are hashed to."""
+    num_ids = row_map.num_embeddings if row_map.warm_ids is not None else len(row_map.assignments)
+    device = row_map.assignments.device
+    counts_AK = torch.zeros(row_map.assignments_per_id, row_map.num_values, dtype=torch.int64, device=device)
+    for ids_N in id_chunks(num_ids, device, _IDS_AT_ONCE):
+        for counts_K, clusters_N in zip(counts_AK, row_map.assigned(ids_N + row_map.first_id).T, strict=True):
+            counts_K += _counts(clusters_N, row_map.num_values)
+    return counts_AK
 
 
 def _counts(clusters_V: Tensor, num_clusters: int) -> Tensor:

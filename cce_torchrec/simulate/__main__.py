@@ -37,7 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     print(table(simulations))
     if options.json is not None:
-        options.json.write_text(json.dumps([simulation.summary() for simulation in simulations], indent=1) + "\n")
+        text = json.dumps([simulation.summary() for simulation in simulations], indent=1) + "\n"
+        try:
+            options.json.write_text(text)
+        except OSError as error:
+            parser.error(f"--json {options.json} cannot be written: {error}")
 
 
 def table(simulations: Sequence[Simulation]) -> str:

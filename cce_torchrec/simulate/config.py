@@ -86,6 +86,8 @@ class SimulationConfig:
     def _parse(cls, data: Any) -> Self:
         known = tuple(f.name for f in fields(cls) if f.name not in ("pooling_factors", "fixed"))
         _check_keys(data, "the file", known, needed=("tables", "budget_bytes", "batch_size"))
+        if not isinstance(data["tables"], list) or not data["tables"]:
+            raise ValueError(f"tables is {data['tables']}, not a list with a table or more.")
         tables, factors, fixed = [], {}, {}
         for entry in data["tables"]:
             _check_keys(entry, f"table {entry}", _NEEDED + _OPTIONAL, needed=_NEEDED)

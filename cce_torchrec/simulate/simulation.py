@@ -15,6 +15,7 @@ from cce_torchrec.config import has_sharded_assignments
 from cce_torchrec.distributed.id_sharding import block_of_ids
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods import FullTable, RowMethod
+from cce_torchrec.methods.base import check_positive
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.planner import BudgetPlan, PlannedTable, plan_compression
 from cce_torchrec.planner.candidates import full_placement
@@ -101,6 +102,7 @@ def simulate(config: SimulationConfig, world_size: int, machine: Machine | None 
         >>> simulate(model, 8).sent.vectors  # nothing but gradients: codebooks are replicated
         0.0
     """
+    check_positive(world_size=world_size)
     started = time.perf_counter()
     plan = _plan(config, world_size)
     planning_seconds = time.perf_counter() - started

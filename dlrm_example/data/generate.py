@@ -41,7 +41,7 @@ _HEX = np.frombuffer(b"0123456789abcdef", np.uint8)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0, or 2 for flags that cannot be."""
+    """0, 2 for flags that cannot be, or 1 for files that cannot be written."""
     set_up_logging()
     settings = vars(_parser().parse_args(argv))
     files = {name: settings.pop(name) for name in ("out", "rows", "days", "format", "overwrite")}
@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: --out {files['out']} cannot be written: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -53,13 +53,16 @@ FREE_TO_CHANGE = ("out", "workers", "overwrite", "max_bad_lines")  # when an int
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0 for prepared data, 2 for flags that cannot be, 1 for data that cannot be used, 130 for Ctrl-C."""
+    """0 for prepared data, 2 for flags that cannot be, 1 for data that cannot be used or written, 130 for Ctrl-C."""
     set_up_logging()
     try:
         prepare(parse_prepare_config(argv))
     except (UsageError, DataUnavailableError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        print(f"error: {error}; the same command goes on with what is done", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where it was", file=sys.stderr)
         return 130

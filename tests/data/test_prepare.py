@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from dlrm_example.data import generate, sources
 from dlrm_example.data import prepare as module
-from dlrm_example.data import sources
 from dlrm_example.data.download import DataUnavailableError
 from dlrm_example.data.manifest import column_file, read_manifest
 from dlrm_example.data.prepare import main
@@ -153,6 +153,17 @@ def test_files_of_different_types(tmp_path: Path, kind: str) -> None:
         if kind == "hashes":
             found = [None if each is None else each % 2**64 for each in found]
         assert found == wanted
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "raw" / "0.parquet", raw_rows(60))
+    (tmp_path / "file").touch()
+    out = str(tmp_path / "file" / "out")
+    assert main(["--input", str(tmp_path / "raw"), "--out", out, *COLUMNS]) == 1
+    assert generate.main(["--out", out, "--rows", "10", "--days", "2"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all(error.startswith("error: ") and "file" in error for error in errors)
 
 
 def test_types_with_nothing_in_common_are_an_error_where_they_matter(

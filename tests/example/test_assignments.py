@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cce_torchrec import CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, recluster
 from cce_torchrec.methods import CCE, CE, CCERobe, ResidualCCE
+from cce_torchrec.methods.cce import CCERowMap
 from dlrm_example import assignments
 from dlrm_example.assignments import assignment_counts, entropy_bits
 from tests.distributed.harness import RankPool
@@ -19,6 +20,11 @@ from tests.distributed.test_replicated import places, tables_with
 def by_hand(clusters_VC: Tensor, num_clusters: int) -> list[list[int]]:
     counters = [Counter(clusters_V.tolist()) for clusters_V in clusters_VC.T]
     return [[counter[cluster] for cluster in range(num_clusters)] for counter in counters]
+
+
+def as_looked_up(row_map: CCERowMap) -> Tensor:
+    """The main rows that lookups read, counted from their codebook's start: [V, columns * levels]."""
+    return row_map.main_rows(torch.arange(row_map.num_embeddings)).T
 
 
 def counts_by_table(model: torch.nn.Module) -> dict[str, list[list[int]]]:
@@ -34,6 +40,9 @@ def test_counts_of_every_method_that_learns(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(assignments, "_IDS_AT_ONCE", 64)
     methods = {
         "cce": CCE(num_rows=7, num_columns=4),
+        "packed": CCE(num_rows=7, num_columns=4, bit_packed=True),
+        "warm": CCE(num_rows=7, num_columns=4, num_assigned_ids=50),
+        "warm and packed": ResidualCCE(num_rows=7, num_columns=2, num_assigned_ids=50, bit_packed=True),
         "residual": ResidualCCE(num_rows=5, num_levels=3, num_columns=2),
         "robe": CCERobe(num_cells=40, num_columns=4),
         "ce": CE(num_rows=7, num_columns=4),
@@ -47,10 +56,12 @@ def test_counts_of_every_method_that_learns(monkeypatch: pytest.MonkeyPatch) -> 
     collection = CompressedEmbeddingBagCollection(tables=tables)
     for _ in range(2):
         found = counts_by_table(torch.nn.Sequential(collection))
-        cce, residual = (collection.lowered_tables[index].row_map for index in range(2))
+        row_maps = {table.name: table.row_map for table in collection.lowered_tables}
         robe = collection.decoded_tables[0].decoder
-        assert found["cce"] == by_hand(cce.assignments, 7)
-        assert found["residual"] == by_hand(residual.assignments, 5)
+        assert found["cce"] == by_hand(row_maps["cce"].assignments, 7)
+        assert found["residual"] == by_hand(row_maps["residual"].assignments, 5)
+        for name in ("packed", "warm", "warm and packed"):
+            assert found[name] == by_hand(as_looked_up(row_maps[name]), 7)
         assert found["robe"] == by_hand(robe.offsets, len(robe.memory))
         assert found.keys() == methods.keys() - {"ce"}
         recluster(collection, seed=1)

@@ -149,6 +149,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         main(["--config", files["out.json"], "--world_sizes", "8"])
     assert "is no mapping" in capsys.readouterr().err
+    for wrong, says in (
+        (["--world_sizes", "0"], "world_size=0"),
+        (["--world_sizes", "8", "--json", str(tmp_path / "none" / "out.json")], "cannot be written"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["--config", files["model.yaml"], *wrong])
+        assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -158,6 +165,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("batch_size: 32", "batch_size: 0", "batch_size=0"),
         ("batch_size: 32", "batch_size: 32\nbatches: 1", r"unknown keys \['batches'\]"),
         ("name: small, ", "", r"lacks \['name'\]"),
+        ("tables:", "tables: []\nmethods:", r"tables is \[\], not a list"),
         ("count: 2", "count: 0", "count=0"),
         ("method: full", "method: dhe, options: {width: 8}", "method 'dhe', which is not simulated"),
         ("num_iterations: 5", "iterations: 5", "iterations"),
