@@ -15,7 +15,7 @@ EDGES = [0, 2**31 - 1, 2**31, 2**32 + 5, BLOCK - 1, BLOCK, BLOCK + 2**31, V - 1]
 def asked_of(rank: int, world_size: int) -> tuple[list[int], list[int], list[int]]:
     """What a rank is asked for, and where in its own request each id stands."""
     assert dist.group.WORLD is not None
-    id_dist = IdDist(dist.group.WORLD, [BLOCK], torch.device("cpu"))
+    id_dist = IdDist(dist.group.WORLD, torch.tensor([BLOCK]))
     ids_n = torch.tensor(EDGES if rank == 0 else EDGES[::-1])
     awaitable, places_n, asked_W = id_dist(["f"], [len(EDGES)], ids_n)
     return awaitable.wait().wait().values().tolist(), places_n.tolist(), asked_W.tolist()
