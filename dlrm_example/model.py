@@ -1,6 +1,5 @@
 """TorchRec's DLRM over compressed tables, sharded by TorchRec's planner, with its optimizers."""
 
-import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -20,8 +19,6 @@ from dlrm_example.config import TrainConfig
 from dlrm_example.data import DatasetInfo
 from dlrm_example.distributed import World
 from dlrm_example.plan import make_plan
-
-logger = logging.getLogger(__name__)
 
 
 def build_model(tables: list[CompressedEmbeddingBagConfig], info: DatasetInfo, config: TrainConfig) -> DLRMTrain:
@@ -48,9 +45,8 @@ def shard_model(model: DLRMTrain, config: TrainConfig, world: World) -> Distribu
     """Place the tables on the ranks as the planner says; weights are those of the unsharded model."""
     group = dist.group.WORLD
     assert group is not None
-    plan, sharders, as_text = make_plan(model, collection_of(model), config.batch_size, group)
-    if config.print_sharding_plan and world.is_main:
-        logger.info("sharding plan of %d ranks:\n%s", world.size, as_text)
+    show = config.print_sharding_plan
+    plan, sharders = make_plan(model, collection_of(model), config.batch_size, group, show=show)
     return DistributedModelParallel(
         model, env=ShardingEnv.from_process_group(group), device=world.device, plan=plan, sharders=sharders
     )

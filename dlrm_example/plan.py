@@ -3,6 +3,7 @@
 import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints
+from torchrec.distributed.planner.stats import NoopEmbeddingStats
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 
 from cce_torchrec import (
@@ -17,17 +18,22 @@ NOT_BY_ROW = [ShardingType.DATA_PARALLEL.value, ShardingType.TABLE_WISE.value, S
 
 
 def make_plan(
-    model: nn.Module, collection: CompressedEmbeddingBagCollection, batch_size: int, group: dist.ProcessGroup
-) -> tuple[ShardingPlan, list[ModuleSharder[nn.Module]], str]:
-    """The planner's plan, the same on all ranks, the sharders that carry it out, and it as text on the first rank."""
-    sharders, stats = get_sharders(), CompressedEmbeddingStats()
+    model: nn.Module,
+    collection: CompressedEmbeddingBagCollection,
+    batch_size: int,
+    group: dist.ProcessGroup,
+    *,
+    show: bool,
+) -> tuple[ShardingPlan, list[ModuleSharder[nn.Module]]]:
+    """The planner's plan, the same on all ranks and logged on the first if asked for, and the sharders that carry it out."""
+    sharders = get_sharders()
     planner = EmbeddingShardingPlanner(
         batch_size=batch_size,
         constraints=parameter_constraints(model, _wishes(collection, group.size()), batch_size=batch_size),
         storage_reservation=CompressedStorageReservation(),
-        stats=stats,
+        stats=CompressedEmbeddingStats() if show else NoopEmbeddingStats(),
     )
-    return planner.collective_plan(model, sharders, group), sharders, stats.table
+    return planner.collective_plan(model, sharders, group), sharders
 
 
 def _wishes(collection: CompressedEmbeddingBagCollection, world_size: int) -> dict[str, ParameterConstraints]:

@@ -39,8 +39,7 @@ class CompressedEmbeddingStats(EmbeddingStats):
         """Called by the planner."""
         super().log(*args, **kwargs)
         self.table = plan_table(kwargs["best_plan"])
-        for line in self.table.splitlines():
-            logger.info(line)
+        logger.info("sharding plan of %d ranks:\n%s", kwargs["topology"].world_size, self.table)
 
 
 class _Place(NamedTuple):

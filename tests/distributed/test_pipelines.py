@@ -223,7 +223,7 @@ def test_losses_with_signs(ranks2: RankPool, places: str) -> None:
 
 
 def run_scheduled(rank: int, world_size: int, places: str) -> float:
-    # The reference's loss is a mean over the ranks, so gradients recorded of it are smaller; test_id_gradients_ranks has them.
+    # The reference's loss is a mean over ranks, so gradients recorded of it are smaller: see test_id_gradients_ranks.
     schedule = ReclusterSchedule(total_steps=STEPS, count=2, stop_after_fraction=0.8, gradient_steps=0, seed=5)
     seeds = {3: 5 * 1_000_003 + 3, 6: 5 * 1_000_003 + 6}
     return run_both(rank, world_size, "sparse_dist", places, seeds=seeds, after_step=schedule.step)

@@ -242,7 +242,14 @@ def test_torchrun_shows_what_one_rank_would(tmp_path: Path, data_path: str) -> N
     shown = done.stdout + done.stderr
     assert "Warning" not in shown, shown
     for part in (
-        *("sharding type  kernel  ranks", "t_user  ", "embedding tables", "resumed from", "best val BCE"),
+        *(
+            "sharding plan of 2 ranks",
+            "sharding type  kernel  ranks",
+            "t_user  ",
+            "embedding tables",
+            "resumed from",
+            "best val BCE",
+        ),
         *("Re-clustered after step 3", "epoch 2 step 4"),
     ):
         assert shown.count(part) == 1, (part, shown)
