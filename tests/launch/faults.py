@@ -21,7 +21,7 @@ from cce_torchrec.recluster import step as recluster_step
 from dlrm_example.train import main
 from dlrm_example.trainer import Trainer
 
-AT_STEP = 8  # checkpoints are saved after steps 3, 6, 9 and 12
+AT_STEP = 8  # checkpoints are saved after steps 3, 6, 9 and 12, and where validation is the best so far
 
 
 def die() -> NoReturn:
