@@ -153,8 +153,9 @@ def write_page(runs: Sequence[Record], titles: dict[str, str]) -> None:
 PAGE = """# Which bytes are worth having?
 
 CCE, with everything that is stored counted: codebooks, assignments, warm ids. The protocol is that of
-[quality.md](quality.md), on its split for tuning; ids weigh their counts in re-clusterings. Of the ids of each table, a
-part has stored assignments (`num_assigned_ids`), the ones seen most often; the others stay hashed. "Bits" are
+[quality.md](quality.md), on its split for tuning; ids weigh their counts in re-clusterings, for which no
+gradients are recorded. Of the ids of each table, a part has stored assignments (`num_assigned_ids`), the ones seen most
+often; the others stay hashed. "Bits" are
 `bit_packed=True`, which gives the same vectors, bit by bit, so it is not run again. Sizes that are missing were not run, and
 one seed says little about differences below 0.003.
 
