@@ -131,7 +131,7 @@ def collections_to_recluster(module: nn.Module) -> list[Collection]:
 def save_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) -> None:
     """Write what this rank has recorded, a file a rank; none where nothing is being recorded."""
     for file in folder.glob(f"{_FILE}_*.pt"):  # of an earlier save, perhaps by more ranks
-        if int(file.stem.rpartition("_")[2]) % world_size == rank:
+        if _rank_of(file) % world_size == rank:
             file.unlink()
     recorded = {
         f"{index}.{table}": sums.sums()
@@ -145,12 +145,16 @@ def save_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) 
 
 def load_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) -> None:
     """Go on recording where :func:`save_gradients` was; the files are shared out to however many ranks there are now."""
-    files = sorted(folder.glob(f"{_FILE}_*.pt"))
-    record_gradients(module, on=False)
-    record_gradients(module, on=bool(files))
-    for file in files[rank::world_size]:
-        recorded = torch.load(file, map_location="cpu")
-        for index, collection in enumerate(collections_to_recluster(module)):
-            assert collection.id_gradients is not None
+    files = sorted(folder.glob(f"{_FILE}_*.pt"), key=_rank_of)
+    record_gradients(module, on=bool(files))  # with the limits that there were, where it was on
+    for index, collection in enumerate(collections_to_recluster(module) if files else []):
+        assert collection.id_gradients is not None
+        collection.id_gradients.clear()
+        for file in files[rank::world_size]:
+            recorded = torch.load(file, map_location="cpu")
             for table, sums in collection.id_gradients.by_table.items():
                 sums.add(*recorded[f"{index}.{table}"])
+
+
+def _rank_of(file: Path) -> int:
+    return int(file.stem.rpartition("_")[2])
