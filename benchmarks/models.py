@@ -9,6 +9,7 @@ from torch import nn
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, KeyedJaggedTensor, KeyedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import (
+    column_wise,
     construct_module_sharding_plan,
     data_parallel,
     row_wise,
@@ -131,6 +132,8 @@ def build(way: Way, sizes: Sizes) -> DistributedModelParallel:
             return data_parallel()
         if way.sharding_type == "row_wise":
             return row_wise(compute_kernel="fused")
+        if way.sharding_type == "column_wise":
+            return column_wise(ranks=list(range(sizes.ranks)), compute_kernel="fused")
         owner = int(physical_table.split(":")[0].removeprefix("t")) % sizes.ranks
         return table_wise(rank=owner, compute_kernel="fused")
 

@@ -42,6 +42,7 @@ WAYS = {
     "plain RW": Way(False, "row_wise"),
     "compressed DP": Way(True, "data_parallel", "plain TW"),
     "compressed TW": Way(True, "table_wise", "plain TW"),
+    "compressed CW": Way(True, "column_wise", "plain TW"),
     "compressed RW": Way(True, "row_wise", "plain RW"),
     "compressed, ids sharded": Way(True, "data_parallel", "plain RW", by_id=True),
 }
@@ -143,8 +144,8 @@ def expected_bytes(way: Way, sizes: Sizes) -> dict[str, float]:
         return {"ids": others * B * F * n * (8 + assignments), "pooled": 0, "gradients": codebooks}
     if way.sharding_type == "data_parallel":
         return {"ids": 0, "pooled": 0, "gradients": codebooks}
-    if way.sharding_type == "table_wise":
-        return {"ids": ids, "pooled": pooled, "gradients": 0}
+    if way.sharding_type in ("table_wise", "column_wise"):
+        return {"ids": ids * (W if way.sharding_type == "column_wise" else 1), "pooled": pooled, "gradients": 0}
     rows_per_id = 2 * sizes.num_columns if way.compressed else 1
     features = F * (sizes.num_columns if way.compressed else 1)
     size = 4 if way.compressed else 8  # of a row or id, and of a length
@@ -187,7 +188,7 @@ def page(sizes: Sizes, times: dict[str, list[float]], sent: dict[str, dict[str, 
 {setting}
 A step is forward (ids to rows included), backward and row-wise Adagrad. All ways took {len(times[COPY])} turns of
 {sizes.steps} steps in one run, in an order that changed; ratios are between turns of the same round. In brackets: quartiles.
-TW: table_wise, RW: row_wise, DP: data_parallel; "ids sharded" is `assignment_placement="sharded"`.
+TW: table_wise, CW: column_wise, RW: row_wise, DP: data_parallel; "ids sharded" is `assignment_placement="sharded"`.
 
 {chr(10).join(verdicts)}
 

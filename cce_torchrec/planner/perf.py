@@ -9,7 +9,8 @@ dims, one of the C columns of its table, n ids and R * n rows a bag, and a batch
     table_wise, column_wise:      (W-1)/W * B * (2 * d * 4 + (n * 8 + 8) / C)            vectors, gradients, ids, lengths
     row_wise and its kin:         (W-1) * B * (2 * d * 4 + 4) + (W-1)/W * B * n * R * 4  partial sums, lengths, rows
 
-Looking rows up reads and writes as much under each type.
+Looking rows up reads and writes as much under each type. Fetched assignments are waited for, with nothing else to do, so that
+time counts twice. Ids go to every rank that has a part of a column: to more of them column-wise than table-wise.
 """
 
 from collections.abc import Sequence
@@ -66,7 +67,9 @@ class CompressedPerfEstimator(EmbeddingPerfEstimator):
         )
         for shard in option.shards:
             width = shard.size[1]
-            bytes_ = sum(sent(option.sharding_type, shard.size, table, topology.world_size, bags, lookups))
+            parts = sent(option.sharding_type, shard.size, table, topology.world_size, bags, lookups)
+            waited_for = parts.ids if has_sharded_assignments(table.config) else 0
+            bytes_ = sum(parts) + waited_for
             # Of all ranks' lookups, a shard of a column has all, one of rows or a replica its share.
             share = topology.world_size if option.sharding_type in _BY_TABLE else 1
             looked_up = share * lookups * width * 4 / memory
@@ -108,16 +111,21 @@ def sent(
     rows, dim = size
     columns, ids, others = len(table.row_map.columns), lookups / table.row_map.rows_per_id, world_size - 1
     if sharding_type == ShardingType.DATA_PARALLEL.value:  # a shard is one rank's replica
-        fetched = 0.0
-        if has_sharded_assignments(table.config):
-            assert isinstance(table.row_map, CCERowMap)
-            fetched = ids * 8 / columns
-            fetched += ids * smallest_int_dtype(table.row_map.num_values).itemsize * table.row_map.num_assigned
+        fetched = _fetched(table, lookups)
         return Sent(others / world_size * fetched, 0.0, others / world_size * 2 * rows * dim * 4)
     if sharding_type in _BY_TABLE:
-        width = table.row_map.columns[0].dim
-        return Sent(others * (ids * 8 + bags * 8) / columns * dim / width, others * 2 * bags * dim * 4, 0.0)
+        return Sent(others * (ids * 8 + bags * 8) / columns, others * 2 * bags * dim * 4, 0.0)
     # Rows travel as int32 where they fit, and lengths with them.
     itemsize = 4 if table.row_map.columns[0].num_rows < 2**31 else 8
     of_rows = others * bags * itemsize + others / world_size * lookups * itemsize
     return Sent(of_rows, others * bags * 2 * dim * 4, 0.0)
+
+
+def _fetched(table: LoweredTable, lookups: float) -> float:
+    """Bytes of ids and of their assignments in one column, where those are sharded by id."""
+    row_map = table.row_map
+    if not has_sharded_assignments(table.config):
+        return 0.0
+    assert isinstance(row_map, CCERowMap)
+    of_an_id = 8 / len(row_map.columns) + smallest_int_dtype(row_map.num_values).itemsize * row_map.num_assigned
+    return lookups / row_map.rows_per_id * of_an_id

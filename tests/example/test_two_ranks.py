@@ -245,7 +245,6 @@ def test_torchrun_shows_what_one_rank_would(tmp_path: Path, data_path: str) -> N
         *(
             "sharding plan of 2 ranks",
             "sharding type  kernel  ranks",
-            "t_user  ",
             "embedding tables",
             "resumed from",
             "best val BCE",
