@@ -50,14 +50,12 @@ class CompressedContext(EmbeddingBagCollectionContext):
     """What a batch carries from its input dist to its output dist.
 
     Attributes:
-        features: the raw batch, kept while rows computed from it may become stale.
         version: that of the assignments its rows were computed from.
         factors_BF: what its pooled vectors are multiplied by (MEAN pooling, scales).
-        batch: the raw batch, for decode tables and for the recording of gradients.
+        batch: the raw batch: for decode tables, the recording of gradients, and rows that became stale.
         localized: whether its rows stand where its ids stood (after a prefetch).
     """
 
-    features: KeyedJaggedTensor | None = None
     version: int = -1
     factors_BF: Tensor | None = None
     batch: KeyedJaggedTensor | None = None
@@ -66,7 +64,7 @@ class CompressedContext(EmbeddingBagCollectionContext):
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory of the batch until ``stream`` is done with it."""
         super().record_stream(stream)
-        for tensor in (self.features, self.factors_BF, self.batch):
+        for tensor in (self.factors_BF, self.batch):
             if tensor is not None:
                 tensor.record_stream(stream)
 
@@ -126,7 +124,7 @@ class ShardedCompressedEmbeddingBagCollection(
         inner._has_uninitialized_input_dist = False  # its input_dist is never called: the groups' are
         self._relabel = Relabel(self.lowered_tables)
         self._decode = BagDecoder(self.decoded_tables, self._is_weighted, mode)
-        self._keeps_features = any(group.goes_stale for group in self._groups)
+        self._goes_stale = any(group.goes_stale for group in self._groups)
         self._version = 0
         self.id_gradients: IdGradients | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
@@ -140,7 +138,6 @@ class ShardedCompressedEmbeddingBagCollection(
         """Start sending the batch where it is looked up: as ids to owners, as rows to row-wise codebooks."""
         with torch.no_grad():
             ctx.version = self._version
-            ctx.features = features if self._keeps_features else None
             ctx.factors_BF = self._relabel.factors(features)
             ctx.batch = features
             awaitables = []
@@ -156,13 +153,12 @@ class ShardedCompressedEmbeddingBagCollection(
             return received
         # A pipeline that was detached and attached again gives a batch a new context but keeps what was received.
         stale = (group.is_stale(kjt, self._version) for group, kjt in zip(self._groups, received, strict=True))
-        if ctx.features is not None and (ctx.version != self._version or any(stale)):
-            features = ctx.features
+        features = ctx.batch if self._goes_stale else None
+        if features is not None and (ctx.version != self._version or any(stale)):
             ctx.sharding_contexts.clear()
             # Pipelines replace the all-to-all by one that returns its splits, which only this awaitable can wait for.
             request = self.input_dist(ctx, features)
             received = FusedKJTListSplitsAwaitable([request], [ctx], self._env.process_group).wait()[0].wait()
-        ctx.features = None
         groups = zip(self._groups, received, ctx.sharding_contexts, strict=True)
         return KJTList([group.localize(kjt, context) for group, kjt, context in groups])
 
