@@ -194,9 +194,13 @@ def test_floors_are_those_of_the_splits(tmp_path: Path) -> None:
     assert read_floors(str(tmp_path / "truth.json")) == {"val": 0.3, "test": 0.4}
 
 
+def last_step(run_dir: Path) -> int:
+    return max((int(path.name.removeprefix("step_")) for path in run_dir.glob("checkpoints/step_*")), default=0)
+
+
 def wait_for_step(run_dir: Path, step: int) -> None:
     deadline = time.monotonic() + 100
-    while all(int(path.name.removeprefix("step_")) < step for path in run_dir.glob("checkpoints/step_*")):
+    while last_step(run_dir) < step:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -212,7 +216,7 @@ def stop_at(run_dir: Path, step: int) -> None:
 def test_an_interrupted_sweep_goes_on(data_path: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Asked to stop, then killed, it ends as an undisturbed run, though the killed sweep's run was still going on."""
     folder, run_dir = tmp_path / "sweep", tmp_path / "sweep" / "full-seed1"
-    sizes = [*SIZES, "--epochs", "2", "--limit_train_batches", "150", "--batch_size", "32", "--no-print_progress"]
+    sizes = [*SIZES, "--epochs", "8", "--limit_train_batches", "150", "--batch_size", "32", "--no-print_progress"]
     shared = [*sizes, "--checkpoint_every_steps", "20", "--data_path", data_path]
     flags = ["--methods", "full", "--seeds", "1", "--run_dir", str(folder), *shared]
     stopper = Thread(target=stop_at, args=(run_dir, 40))
@@ -222,9 +226,10 @@ def test_an_interrupted_sweep_goes_on(data_path: str, tmp_path: Path, capfd: pyt
     assert "the sweep was stopped; goes on when the same command is given again" in capfd.readouterr().err
 
     command = [sys.executable, "-W", "ignore", "-m", "dlrm_example.sweep", *flags]
+    stopped_at = last_step(run_dir)
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
         try:
-            wait_for_step(run_dir, 160)
+            wait_for_step(run_dir, stopped_at + 40)
         finally:
             process.kill()
     assert main(flags) == 0
