@@ -237,9 +237,12 @@ class MethodConfig(ABC):
             raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {known}.")
         overrides = {name: value for name, value in overrides.items() if value is not None}
         integers = [field.name for field in fields(cls) if field.type in (int, int | None) and field.name != "seed"]
+        optional = [field.name for field in fields(cls) if field.default == 0]
         for name in integers:
+            if name in overrides and name in optional:
+                check_not_negative(**{name: overrides[name]})
             # What a size of another name may be, the method itself says better.
-            if name in overrides and (name.startswith("num_") or not isinstance(overrides[name], int)):
+            elif name in overrides and (name.startswith("num_") or not isinstance(overrides[name], int)):
                 check_positive(**{name: overrides[name]})
         method = cls(**{**cls.largest_fields(num_embeddings, embedding_dim, num_params, overrides), **overrides})
         needed = method.num_params(num_embeddings, embedding_dim)
@@ -305,6 +308,13 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive integer.")
+
+
+def check_not_negative(**values: int) -> None:
+    """Raise a ``ValueError`` for every value that is not an integer of 0 or more."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}={value!r} is not an integer of 0 or more.")
 
 
 def check_bool(**values: bool) -> None:
