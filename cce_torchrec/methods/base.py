@@ -39,6 +39,8 @@ class RowSource(NamedTuple):
         rows_i(id) = [ a * level_rows + assignments[id - first_id, i A + a]  for a < A ]
                    + [ hashed_from + hash_{i H + h}(id)                      for h < H ]
 
+    An id whose assignment is hot in a column, ``hot_from`` or above, has that row in place of the hashed ones, too.
+
     Attributes:
         num_ids: how many ids, from ``first_id`` on, can be looked up; -1 for any id.
         first_id: the id of the first assignment.
@@ -49,6 +51,7 @@ class RowSource(NamedTuple):
         num_hashes: H.
         num_hashed_rows: the range of the hashes.
         hashed_from: what is added to them.
+        hot_from: the first hot assignment, where there are hot ones; only for A = 1.
     """
 
     num_ids: int = -1
@@ -60,6 +63,7 @@ class RowSource(NamedTuple):
     num_hashes: int = 0
     num_hashed_rows: int = 0
     hashed_from: int = 0
+    hot_from: int | None = None
 
 
 class IdMap(nn.Module, ABC):
