@@ -130,7 +130,8 @@ class CCERowMap(AssignedRowMap):
         torch.where(is_hot_N[:, None], own_N[:, None], rows_CNR, out=rows_CNR)
 
     def source(self) -> RowSource | None:
-        if not self.has_plain_assignments or self.storage.num_hot_ids:
+        has_hot_ids = self.storage.num_hot_ids > 0
+        if not self.has_plain_assignments or (has_hot_ids and self.num_assigned > 1):
             return None
         assignments, coefficients = self.assignments, self.helper_coefficients  # a buffer takes its time to find
         return RowSource(
@@ -143,10 +144,11 @@ class CCERowMap(AssignedRowMap):
             num_hashes=int(coefficients is not None),
             num_hashed_rows=self.num_helper_rows,
             hashed_from=self.first_helper_row,
+            hot_from=self.level_rows if has_hot_ids else None,
         )
 
     def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
-        if self.num_assigned > 1 or self.helper_coefficients is None or self.storage.num_hot_ids:
+        if self.num_assigned > 1 or self.helper_coefficients is None:
             return False
         return write_assigned_rows(
             ids_N,
@@ -156,6 +158,7 @@ class CCERowMap(AssignedRowMap):
             values_M,
             starts_C,
             hashed_from=self.first_helper_row,
+            hot_from=self.level_rows if self.storage.num_hot_ids else None,
         )
 
 
