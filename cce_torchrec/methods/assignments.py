@@ -51,7 +51,7 @@ class AssignmentStorage:
         check_not_negative(num_hot_ids=self.num_hot_ids)
         if self.num_assigned_ids is not None and self.num_hot_ids > self.num_assigned_ids:
             raise ValueError(
-                f"num_hot_ids={self.num_hot_ids} is above num_assigned_ids={self.num_assigned_ids}: a row of its own is an "
+                f"num_assigned_ids={self.num_assigned_ids} is below num_hot_ids={self.num_hot_ids}: a row of its own is an "
                 "assignment, too."
             )
 

@@ -1,4 +1,7 @@
-"""What a table may become: the full table, and each method in eight sizes a doubling with every number of columns."""
+"""What a table may become: the full table, and each method in eight sizes a doubling, with every number of columns.
+
+Where a method may have hot ids, each size is there with and without.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -81,13 +84,15 @@ def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> I
     if method.stores_assignments and columns == [None]:
         widths = [width for width in range(4, dim + 1, 4) if dim % width == 0 and dim // width <= _MOST_COLUMNS]
         columns = [dim // width for width in widths] or [1]
+    wishes = [dict(options)] if columns == [None] else [{**options, "num_columns": number} for number in columns]
+    if "num_hot_ids" in method.__dataclass_fields__ and "num_hot_ids" not in options:
+        wishes += [{**wish, "num_hot_ids": 0} for wish in wishes]
     exponent = 0
     while (rows := int(2 ** (exponent / _SIZES_A_DOUBLING) + 1e-9)) <= num_ids:
         exponent += 1
-        for num_columns in columns:
-            wishes = {**options, "num_columns": num_columns} if num_columns else options
+        for wish in wishes:
             try:
-                found = method.from_budget(num_ids, dim, rows * dim, **wishes)
+                found = method.from_budget(num_ids, dim, rows * dim, **wish)
             except ValueError:
                 continue  # too few rows for what is fixed
             assert isinstance(found, RowMethod)

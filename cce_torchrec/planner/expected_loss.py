@@ -9,12 +9,14 @@ The vectors x_v are taken to be unrelated, which no method can do worse than. Th
     k learned rows of d dims      (k^(-2/d) - V^(-2/d)) / (1 - V^(-2/d)),   0 from k = V on
 
 Where only N ids have stored assignments, the most looked up ones, the rows of those are learned (N in place of V), and the
-others are left to the hash.
+others are left to the hash. Hot ids, the most looked up ones too, lose nothing, and share no rows with the others.
 
 A hashed row is the mean of its ids, weighted by their lookups: q_v is the weight of the others that id v is expected to share
 it with. Learned rows quantise d dims by log2 k bits, which for Gaussian vectors leaves k^(-2/d) of their energy (the
 rate-distortion function), and nothing once each id has its own. A sum of codebooks multiplies what each leaves.
 """
+
+from dataclasses import replace
 
 import numpy as np
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -43,27 +45,40 @@ def expected_loss(method: MethodConfig, table: EmbeddingBagConfig, traffic: Traf
     if isinstance(method, CE | HashingTrick):
         return _hashed(traffic, method.num_rows)
     assert isinstance(method, CCE)
-    width = table.embedding_dim // method.num_columns
-    hashed, num_codes = _hashed(traffic, method.helper_rows), method.num_rows**method.num_assigned
-    if method.num_assigned_ids is None:
-        return _learned(num_codes, table.num_embeddings, width) * hashed
-    warm = _share_of_first(traffic, method.num_assigned_ids)
-    learned = _learned(num_codes, min(method.num_assigned_ids, table.num_embeddings), width)
-    return (warm * learned + 1 - warm) * hashed
+    width, num_codes = table.embedding_dim // method.num_columns, method.num_rows**method.num_assigned
+    hot = min(method.num_hot_ids, table.num_embeddings)
+    num_learned = min(method.num_assigned_ids or table.num_embeddings, table.num_embeddings) - hot
+    shared = _without_first(traffic, hot)
+    total = float(shared.shares_U @ shared.numbers_U)
+    warm = total if method.num_assigned_ids is None else _share_of_first(shared, num_learned)
+    of_warm = warm / total if total > 0 else 1.0
+    return (of_warm * _learned(num_codes, num_learned, width) + 1 - of_warm) * _hashed(shared, method.helper_rows)
 
 
 def _hashed(traffic: Traffic, num_rows: int) -> float:
-    shares_U = traffic.shares_U
-    others_U = (1 - shares_U) / num_rows
-    return float(traffic.numbers_U @ (shares_U * others_U / (shares_U + others_U)))
+    """What ids lose by sharing rows with each other; shares may add up to less than 1."""
+    shares_U, numbers_U = traffic.shares_U, traffic.numbers_U
+    others_U = np.maximum(float(shares_U @ numbers_U) - shares_U, 0) / num_rows
+    return float(numbers_U @ (shares_U * others_U / (shares_U + others_U)))
+
+
+def _first(traffic: Traffic, num_ids: int) -> np.ndarray:
+    """How many of the most looked up ids have each of the shares."""
+    order_U = np.argsort(-traffic.shares_U)
+    numbers_U = traffic.numbers_U[order_U]
+    taken_U = np.empty_like(numbers_U)
+    taken_U[order_U] = np.clip(num_ids - (np.cumsum(numbers_U) - numbers_U), 0, numbers_U)
+    return taken_U
 
 
 def _share_of_first(traffic: Traffic, num_ids: int) -> float:
     """The share of the lookups that the most looked up ids have."""
-    order_U = np.argsort(-traffic.shares_U)
-    shares_U, numbers_U = traffic.shares_U[order_U], traffic.numbers_U[order_U]
-    before_U = np.cumsum(numbers_U) - numbers_U
-    return float(shares_U @ np.clip(num_ids - before_U, 0, numbers_U))
+    return float(traffic.shares_U @ _first(traffic, num_ids))
+
+
+def _without_first(traffic: Traffic, num_ids: int) -> Traffic:
+    """The other ids', whose shares stay those of all lookups."""
+    return replace(traffic, numbers_U=traffic.numbers_U - _first(traffic, num_ids)) if num_ids else traffic
 
 
 def _learned(num_codes: int, num_ids: int, width: int) -> float:

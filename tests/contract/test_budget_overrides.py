@@ -28,6 +28,7 @@ def test_a_fixed_size_is_kept_or_the_budget_that_it_needs_is_named(
 ) -> None:
     fixed: dict[str, Any] = variant.overrides | {name: value}
     no_room = variant.overrides.get("concat_weights", False) and name == "num_hashes" and value >= D
+    no_room |= name == "num_assigned_ids" and value < variant.overrides.get("num_hot_ids", 0)
     if no_room or (name == "num_columns" and D % value) or (name == "num_levels" and value < 2):
         with pytest.raises(ValueError, match=f"{name}={value} "):
             variant.method.from_budget(V, D, 1000, **fixed)
@@ -58,7 +59,10 @@ def test_cce_helpers_fill_what_fixed_main_rows_leave() -> None:
 
 
 def test_cce_main_rows_fill_what_fixed_helpers_leave() -> None:
-    assert CCE.from_budget(V, D, 12 * D, num_helper_rows=3) == CCE(num_rows=9, num_helper_rows=3, num_columns=2)
+    method = CCE.from_budget(V, D, 12 * D, num_helper_rows=3)
+    assert method == CCE(num_rows=6, num_helper_rows=3, num_hot_ids=3, num_columns=2)
+    method = CCE.from_budget(V, D, 12 * D, num_helper_rows=3, num_hot_ids=0)
+    assert method == CCE(num_rows=9, num_helper_rows=3, num_columns=2)
 
 
 def test_concatenated_qr_of_one_dim() -> None:

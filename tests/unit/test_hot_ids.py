@@ -217,6 +217,10 @@ def test_a_checkpoint_remembers_who_is_hot() -> None:
 def test_a_budget_has_room_for_them() -> None:
     method = CCE.from_budget(V, DIM, 60 * DIM, num_hot_ids=20)
     assert (method.num_rows, method.num_helper_rows, method.num_params(V, DIM)) == (20, 20, 60 * DIM)
+    assert CCE.from_budget(V, DIM, 60 * DIM) == CCE.from_budget(V, DIM, 60 * DIM, num_hot_ids=15)  # a quarter
+    assert CCE.from_budget(10, DIM, 60 * DIM).num_hot_ids == 10
+    assert CCE.from_budget(V, DIM, 60 * DIM, num_assigned_ids=7).num_hot_ids == 7
+    assert CCE.from_budget(V, DIM, 60 * DIM, num_rows=12).num_hot_ids == 0
     with pytest.raises(ValueError, match=f"smallest possible is {22 * DIM}"):
         CCE.from_budget(V, DIM, 21 * DIM, num_hot_ids=20)
 
@@ -226,7 +230,7 @@ def test_a_budget_has_room_for_them() -> None:
     [
         ({"num_hot_ids": -1}, "num_hot_ids=-1 is not an integer of 0 or more"),
         ({"num_hot_ids": 1.5}, "num_hot_ids=1.5"),
-        ({"num_hot_ids": 5, "num_assigned_ids": 4}, "num_hot_ids=5 is above num_assigned_ids=4"),
+        ({"num_hot_ids": 5, "num_assigned_ids": 4}, "num_assigned_ids=4 is below num_hot_ids=5"),
         ({"num_hot_ids": 2**31 - 5}, "above"),
     ],
 )

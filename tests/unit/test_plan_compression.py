@@ -193,6 +193,20 @@ def test_ids_without_assignments_are_left_to_the_hash() -> None:
         assert expected_loss(method, config, traffic) == pytest.approx((1 - warm) * hashed)
 
 
+def test_hot_ids_lose_nothing() -> None:
+    """Lookups 4, 2, 1, 1: without the first id, the shares that are left meet with each other only."""
+    config, traffic = table("t", 4), Traffic.counted(np.array([4.0, 2.0, 1.0, 1.0]))
+    method = CCE(num_rows=2, num_columns=2, num_helper_rows=5, num_hot_ids=1)
+    quarter, eighth = 1 / 4, 1 / 8
+    others = [(quarter, (2 * eighth) / 5), (eighth, (quarter + eighth) / 5), (eighth, (quarter + eighth) / 5)]
+    hashed = sum(share * other / (share + other) for share, other in others)
+    learned = (2 ** (-2 / 8) - 3 ** (-2 / 8)) / (1 - 3 ** (-2 / 8))
+    assert expected_loss(method, config, traffic) == pytest.approx(learned * hashed)
+    limited = CCE(**{**vars(method), "num_assigned_ids": 3})  # two ids share learned rows, one is left to the hash
+    assert expected_loss(limited, config, traffic) == pytest.approx(hashed * eighth / (quarter + 2 * eighth))
+    assert expected_loss(CCE(**{**vars(method), "num_hot_ids": 4}), config, traffic) == 0
+
+
 def test_several_devices() -> None:
     one = footprint(BIG, FullTable(), "row_wise", DEVICES)
     four = Devices(**{**vars(DEVICES), "world_size": 4})
