@@ -53,6 +53,7 @@ class Settings:
         gradient_step: the rate at which they do.
         gradient_damping: of steps of ids that were hardly seen.
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
+        hot_part: which part of a table's rows are hot ids' own, where the method has such.
         warm_part: which part of a table's ids have stored assignments, those of the largest weights; ``None`` for all.
     """
 
@@ -73,6 +74,7 @@ class Settings:
     gradient_step: float = ReclusterConfig.gradient_step
     gradient_damping: float = ReclusterConfig.gradient_damping
     id_weights: Literal["ones", "counts", "roots"] = "ones"
+    hot_part: float = 0.0
     warm_part: float | None = None
     dim: int = 32
     batch_size: int = 4096
@@ -109,6 +111,8 @@ def methods_of(settings: Settings, sizes: tuple[int, int]) -> list[MethodConfig]
     for size, budget in zip(sizes, budgets(settings, sizes), strict=True):
         if settings.helper_part is not None:
             options["num_helper_rows"] = max(1, round(budget // settings.dim * settings.helper_part))
+        if "num_hot_ids" in method.__dataclass_fields__:
+            options["num_hot_ids"] = int(budget // settings.dim * settings.hot_part)
         if settings.warm_part is not None:
             options["num_assigned_ids"] = max(1, round(size * settings.warm_part))
         methods.append(method.from_budget(size, settings.dim, budget, **options))

@@ -122,7 +122,7 @@ def bce_by(size: str, points: Sequence[Point]) -> Curve:
 
 
 def _levers(runs: Sequence[Record]) -> str:
-    """A table of BCE, a row a lever; the difference from CCE as it is in brackets."""
+    """A table of BCE, a row a lever; the difference from CCE without hot ids in brackets."""
     columns = [(dataset, budget) for dataset in TITLES for budget in plans.LEVER_BUDGETS[dataset]]
     bce: dict[tuple[str, tuple[str, int]], Point] = {}
     for name in plans.LEVERS:
@@ -174,8 +174,8 @@ coefficients to the parameters.
 ## One setting changed at a time
 
 On another split (what is held out is cut from the training part), so that settings are not chosen on the numbers above. Best
-BCE, mean over seeds (most have one seed, so differences below about 0.003 say little); in brackets the difference from CCE as
-it is over the same seeds, negative is better.
+BCE, mean over seeds (most have one seed, so differences below about 0.003 say little); in brackets the difference from CCE
+without hot ids over the same seeds, negative is better.
 
 {levers}
 
@@ -193,9 +193,7 @@ it is over the same seeds, negative is better.
 * Product quantisation of the trained full table ("pq") loses almost nothing at these sizes: codebooks are large enough, and
   what matters is to find the assignments. "pq" trains the full table first, which is what the others avoid. The paper's claim
   that CCE from scratch is as good holds where the row of CCE is at or below that of "pq".
-* Tried as a prototype, before gradients were recorded, on the split for settings, one seed: a quarter or a half of all rows
-  for ids that are seen most, one each, from the start. MovieLens-100K at 65,536 parameters went from 0.4715 to 0.4433 and
-  0.4352, but at 4,096 from 0.5198 to 0.5357 and 0.5336, and Gowalla at 65,536 stayed within 0.003. Not in the library.
+* "cce" and "residual_cce" give a quarter of their rows to hot ids, the default of `from_budget`; "cce_no_hot_ids" gives none.
 * More levels and more columns store more for each id: see the column "bytes in all".
 * 16 columns of 32 dims are two numbers wide, which FBGEMM's fused kernels do not take; it runs in unsharded collections only.
 

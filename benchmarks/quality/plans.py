@@ -14,15 +14,22 @@ BUDGETS = {
 }
 EPOCHS = {"ml-100k": 30, "gowalla": 6}
 FULL = "full"
-# Methods with settings that are not their defaults, chosen on the split "tune".
+HOT_PART = 0.25  # as ``CCE.from_budget`` has it
+# Settings that are not those of ``Settings``, chosen on the split "tune".
 VARIANTS: dict[str, dict[str, Any]] = {
-    "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}},
+    "cce": {"hot_part": HOT_PART},
+    "cce_no_hot_ids": {"method": "cce"},
+    "residual_cce": {"hot_part": HOT_PART},
+    "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}, "hot_part": HOT_PART},
 }
 METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
 
-# CCE's defaults with one change each, and what many levels need to be understood.
+# CCE without hot ids with one change each, and what many levels need to be understood.
 LEVERS: dict[str, dict[str, Any]] = {
-    "as it is": {},
+    "no hot ids": {},
+    "hot ids: 1/8 of the rows": {"hot_part": 0.125},
+    "hot ids: 1/4 of the rows": {"hot_part": 0.25},
+    "hot ids: 1/2 of the rows": {"hot_part": 0.5},
     "2 columns": {"options": {"num_columns": 2}},
     "4 columns": {"options": {"num_columns": 4}},
     "16 columns": {"options": {"num_columns": 16}},
