@@ -36,20 +36,29 @@ class AssignmentStorage:
     Attributes:
         bit_packed: ceil(log2 k) bits an assignment instead of 1, 2 or 4 bytes.
         num_assigned_ids: how many ids have slots; ``None`` for all.
+        min_id_count: how often an id must have been seen to get one of those.
     """
 
     bit_packed: bool = False
     num_assigned_ids: int | None = None
+    min_id_count: int = 1
 
     def __post_init__(self) -> None:
         check_bool(bit_packed=self.bit_packed)
         if self.num_assigned_ids is not None:
             check_positive(num_assigned_ids=self.num_assigned_ids)
+        check_positive(min_id_count=self.min_id_count)
+        if self.min_id_count > 1 and self.num_assigned_ids is None:
+            raise ValueError(
+                f"min_id_count={self.min_id_count} needs num_assigned_ids, for how many ids at most assignments are stored: "
+                "without it all ids have them, however often they are seen."
+            )
 
     def sizes(self) -> dict[str, object]:
         """What differs from an integer an assignment for all ids, for the name of a table's layout."""
+        stored = {"bit_packed": self.bit_packed, "num_assigned_ids": self.num_assigned_ids}
         plain = AssignmentStorage()
-        return {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+        return {name: value for name, value in stored.items() if value != getattr(plain, name)}
 
 
 class AssignedRowMap(RowMap):
@@ -175,22 +184,19 @@ class AssignedRowMap(RowMap):
             num_values=self.num_values,
         )
 
-    def choose_ids(self, weights_V: Tensor | None) -> Tensor | None:
-        """Which ids are to have slots: those of the largest weights, the lower of equal ones; ``None`` for all.
+    def choose(self, weights_N: Tensor) -> Tensor:
+        """Which of N ids in rising order are to have slots, where not all have them: their places, in order.
 
         Args:
-            weights_V: how often each was seen, for one; ids of weight 0 are left out. ``None`` for all alike.
+            weights_N: how often each was seen, for one. The largest weights above ``min_id_count - 1`` are taken, of equal
+                ones the first.
         """
-        if self.warm_ids is None:
-            return None
-        device, slots = self.assignments.device, len(self.assignments)
-        if weights_V is None:
-            return torch.arange(slots, device=device)
-        if int((weights_V > 0).sum()) <= slots:
-            return (weights_V > 0).nonzero().view(-1).to(device)
-        least = weights_V.topk(slots).values[-1]
-        above, equal = (weights_V > least).nonzero().view(-1), (weights_V == least).nonzero().view(-1)
-        return torch.cat([above, equal[: slots - len(above)]]).sort().values.to(device)
+        slots, places = len(self.assignments), (weights_N > self.storage.min_id_count - 1).nonzero().view(-1)
+        if len(places) <= slots:
+            return places
+        least = weights_N.topk(slots).values[-1]
+        above, equal = (weights_N > least).nonzero().view(-1), (weights_N == least).nonzero().view(-1)
+        return torch.cat([above, equal[: slots - len(above)]]).sort().values
 
     def put(self, stored_NW: Tensor, ids_N: Tensor | None) -> None:
         """Replace what is stored: of all ids of this rank, or of the chosen ones, sorted, which are the warm ones then."""

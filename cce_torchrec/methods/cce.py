@@ -164,7 +164,8 @@ class CCE(RowMethod):
         seed: of the hash functions; the table's name is part of the seed.
         bit_packed: whether assignments take ceil(log2 k) bits instead of 1, 2 or 4 bytes; results are the same.
         num_assigned_ids: N, how many ids have stored assignments; ``None`` for all. Each re-clustering gives them to the ids
-            of the largest weights; the others stay hashed.
+            seen most often in training (or of the largest ``id_weights``); the others stay hashed.
+        min_id_count: n, how often an id must have been seen to get stored assignments, where not all ids have them.
 
     Stored beside the parameters: V x c assignments of 1, 2 or 4 bytes (the narrowest that holds k), or of the bits that k
     takes, filled up to a byte an id. With ``num_assigned_ids``: N instead of V, and 4 bytes for each of those ids.
@@ -187,11 +188,12 @@ class CCE(RowMethod):
     seed: int = 0
     bit_packed: bool = False
     num_assigned_ids: int | None = None
+    min_id_count: int = 1
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows, num_helper_rows=self.helper_rows)
         check_positive(num_columns=self.num_columns)
-        AssignmentStorage(bit_packed=self.bit_packed, num_assigned_ids=self.num_assigned_ids)
+        _ = self.storage  # which checks its fields
 
     @property
     def helper_rows(self) -> int:
@@ -199,14 +201,20 @@ class CCE(RowMethod):
         return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
 
     def sizes(self) -> dict[str, Any]:
-        stored = ("bit_packed", "num_assigned_ids")
+        stored = ("bit_packed", "num_assigned_ids", "min_id_count")
         sizes = {name: value for name, value in super().sizes().items() if name not in stored}
         return {**sizes, "num_helper_rows": self.helper_rows, **self.storage.sizes()}
 
     @property
     def storage(self) -> AssignmentStorage:
         """Of the assignments."""
-        return AssignmentStorage(bit_packed=self.bit_packed, num_assigned_ids=self.num_assigned_ids)
+        return AssignmentStorage(
+            bit_packed=self.bit_packed, num_assigned_ids=self.num_assigned_ids, min_id_count=self.min_id_count
+        )
+
+    @property
+    def counts_ids(self) -> bool:
+        return self.num_assigned_ids is not None
 
     @property
     def num_assigned(self) -> int:

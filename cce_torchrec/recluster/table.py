@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, hash_rows
-from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.methods.assignments import find_sorted
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import Collectives
@@ -40,6 +39,7 @@ from cce_torchrec.recluster.vocabulary import (
     moved_sample,
     sample,
 )
+from cce_torchrec.sums_by_id import SumsById
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class TableState:
         codebooks: float32 of each column: main rows, then helper rows; or those of the other table.
         optimizer_state: S numbers a row of each column, float32; S may be 0, and is for another table.
         weights_V: importance of each id, or ``None`` for 1.
+        chosen_ids: those that are to have stored assignments, in rising order; ``None`` for all.
         gradients: recorded on this rank, or ``None`` for no step.
     """
 
@@ -63,6 +64,7 @@ class TableState:
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     weights_V: Tensor | None
+    chosen_ids: Tensor | None
     gradients: SumsById | None = None
 
 
@@ -91,8 +93,7 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     """
     for column, codebook in enumerate(state.codebooks):
         check_finite(state.name, f"column {column}", codebook, codebook.shape[1])
-    row_map, device = state.row_map, state.codebooks[0].device
-    chosen = row_map.choose_ids(state.weights_V)
+    row_map, device, chosen = state.row_map, state.codebooks[0].device, state.chosen_ids
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, device, collectives, chosen)
     vectors = _Vectors.of(state, block, config, collectives)
     centroids = _fit_centroids(state, vectors, block, derive_seed(seed, state.name), config, collectives)
