@@ -23,7 +23,7 @@ def assignment_counts(model: nn.Module) -> Iterator[tuple[str, int, Tensor]]:
     """A table, a column, and how many ids each cluster of it has, [K] on the CPU, for all tables that can be re-clustered.
 
     Columns are the table's, times the levels of residual CCE; clusters of CCE on circular memory are offsets. To be iterated
-    by all ranks: it is collective where they hold blocks of the assignments.
+    by all ranks: it is collective where they hold blocks of the assignments. Ids with rows of their own are not counted.
     """
     for collection in model.modules():
         if isinstance(collection, Collection):
@@ -56,7 +56,7 @@ def _assigned_counts(row_map: CCERowMap) -> Tensor:
     counts_AK = torch.zeros(row_map.assignments_per_id, row_map.num_values, dtype=torch.int64, device=device)
     for ids_N in id_chunks(num_ids, device, _IDS_AT_ONCE):
         for counts_K, clusters_N in zip(counts_AK, row_map.assigned(ids_N + row_map.first_id).T, strict=True):
-            counts_K += _counts(clusters_N, row_map.num_values)
+            counts_K += _counts(clusters_N[clusters_N < row_map.num_values], row_map.num_values)
     return counts_AK
 
 

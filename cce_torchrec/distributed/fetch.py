@@ -107,7 +107,7 @@ class FetchGroup:
         self._maps = [_row_map(table) for table in self._tables]
         self._checks = [BoundsCheck(table.config, mode) for table in self._tables]
         self._width = max(row_map.assignments_per_id for row_map in self._maps)
-        self._dtype = smallest_int_dtype(max(row_map.num_values for row_map in self._maps))
+        self._dtype = smallest_int_dtype(max(row_map.num_codes for row_map in self._maps))
         self._sizes = [len(table.config.feature_names) for table in self._tables]
         self._features = [feature for table in self._tables for feature in table.config.feature_names]
         self._world_size, self._device = env.world_size, device

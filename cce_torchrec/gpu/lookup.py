@@ -106,9 +106,9 @@ class TritonLookup:
         return out
 
     def _refreshed(self) -> _Jobs | None:
-        """Where everything is now; ``None`` where a table has no source."""
+        """Where everything is now; ``None`` where a table has no source, or hot ids."""
         sources = [table.row_map.source() for table in self._tables]
-        known = [source for source in sources if source is not None]
+        known = [source for source in sources if source is not None and source.hot_from is None]
         if len(known) < len(sources):
             return None
         made_of = (

@@ -4,7 +4,8 @@
     assigned(id) = decode(assignments[slot]) if warm_ids[slot] = id            slots are the warm ids', in order
                    else h(id)                                                  a hash, as all ids have at the start
 
-Encodings are in encoding.py.
+An assignment is one of k rows that ids share, or, from k on, a row of the id's own: k + j of the j-th hot id. Encodings are
+in encoding.py.
 
 Shapes: V ids, N ids of a batch, A assignments an id, W numbers stored an id, S slots.
 """
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_coefficients, hash_rows
-from cce_torchrec.methods.base import RowMap, check_bool, check_positive, id_chunks
+from cce_torchrec.methods.base import RowMap, check_bool, check_not_negative, check_positive, id_chunks
 from cce_torchrec.methods.encoding import Encoding, PackedEncoding, PlainEncoding
 from cce_torchrec.native.rows import Assigned
 
@@ -29,6 +30,16 @@ def find_sorted(sorted_S: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
     return places_N, sorted_S[places_N] == ids_N
 
 
+def _heaviest(weights_N: Tensor, number: int, above: int) -> Tensor:
+    """The places, in order, of the largest weights that are above a limit; of equal ones the first."""
+    places = (weights_N > above).nonzero().view(-1)
+    if number == 0 or len(places) <= number:
+        return places[:number]
+    least = weights_N.topk(number).values[-1]
+    larger, equal = (weights_N > least).nonzero().view(-1), (weights_N == least).nonzero().view(-1)
+    return torch.cat([larger, equal[: number - len(larger)]]).sort().values
+
+
 @dataclass(frozen=True, kw_only=True)
 class AssignmentStorage:
     """What is stored for which ids.
@@ -37,11 +48,13 @@ class AssignmentStorage:
         bit_packed: ceil(log2 k) bits an assignment instead of 1, 2 or 4 bytes.
         num_assigned_ids: how many ids have slots; ``None`` for all.
         min_id_count: how often an id must have been seen to get one of those.
+        num_hot_ids: how many ids have rows of their own.
     """
 
     bit_packed: bool = False
     num_assigned_ids: int | None = None
     min_id_count: int = 1
+    num_hot_ids: int = 0
 
     def __post_init__(self) -> None:
         check_bool(bit_packed=self.bit_packed)
@@ -53,12 +66,17 @@ class AssignmentStorage:
                 f"min_id_count={self.min_id_count} needs num_assigned_ids, for how many ids at most assignments are stored: "
                 "without it all ids have them, however often they are seen."
             )
+        check_not_negative(num_hot_ids=self.num_hot_ids)
+        if self.num_assigned_ids is not None and self.num_hot_ids > self.num_assigned_ids:
+            raise ValueError(
+                f"num_hot_ids={self.num_hot_ids} is above num_assigned_ids={self.num_assigned_ids}: a row of its own is an "
+                "assignment, too."
+            )
 
     def sizes(self) -> dict[str, object]:
         """What differs from an integer an assignment for all ids, for the name of a table's layout."""
-        stored = {"bit_packed": self.bit_packed, "num_assigned_ids": self.num_assigned_ids}
-        plain = AssignmentStorage()
-        return {name: value for name, value in stored.items() if value != getattr(plain, name)}
+        plain = vars(AssignmentStorage())
+        return {name: value for name, value in vars(self).items() if value != plain[name] and name != "min_id_count"}
 
 
 class AssignedRowMap(RowMap):
@@ -69,7 +87,7 @@ class AssignedRowMap(RowMap):
 
     Args:
         storage: what is stored for which ids.
-        num_values: k; assignments lie in [0, k).
+        num_values: k; assignments of ids that are not hot lie in [0, k).
         count: A.
         key: seed of the hash that assigns ids where nothing was learned.
         num_embeddings: V.
@@ -93,9 +111,10 @@ class AssignedRowMap(RowMap):
         super().__init__()
         self.num_embeddings, self.first_id = num_embeddings, 0
         self.num_values, self.assignments_per_id = num_values, count
+        self.num_codes = num_values + storage.num_hot_ids  # what an assignment may be
         self.storage, self._key = storage, key
         encoding = PackedEncoding if storage.bit_packed else PlainEncoding
-        self.encoding: Encoding = encoding(num_values, count)
+        self.encoding: Encoding = encoding(self.num_codes, count)
         slots = self._num_slots()
         self.register_buffer(
             "assignments", torch.empty(slots, self.encoding.width, dtype=self.encoding.dtype, device=device)
@@ -119,12 +138,13 @@ class AssignedRowMap(RowMap):
         return torch.int32 if self.num_embeddings - 1 <= torch.iinfo(torch.int32).max else torch.int64
 
     def reset_assignments(self) -> None:
-        """Hash every id, the start before anything is learned."""
+        """Hash every id but the first, which are the hot ones: the start before anything is learned."""
         if self.warm_ids is not None:
             assert self.main_coefficients is not None
-            self.warm_ids.fill_(_NO_ID)
-            self.assignments.zero_()
             self.main_coefficients.copy_(self._draw_coefficients(None))
+            hot_H = self.choose_hot_ids(None)
+            codes_HA = (self.num_values + hot_H)[:, None].expand(-1, self.assignments_per_id)
+            self.put(self.encoding.encode(codes_HA), hot_H)
         elif self.assignments.device.type != "meta":
             self._hash_from(self.first_id)
 
@@ -136,8 +156,10 @@ class AssignedRowMap(RowMap):
         coefficients = self._draw_coefficients(self.assignments.device)
         stored_NW = self.assignments[first_id - self.first_id :]
         for rows_N in id_chunks(len(stored_NW), stored_NW.device):
-            hashed_AN = hash_rows(rows_N + first_id, coefficients, self.num_values)
-            stored_NW[rows_N[0] : rows_N[-1] + 1] = self.encoding.encode(hashed_AN.T)
+            ids_N = rows_N + first_id
+            hashed_AN = hash_rows(ids_N, coefficients, self.num_values)
+            codes_AN = torch.where(ids_N < self.storage.num_hot_ids, self.num_values + ids_N, hashed_AN)
+            stored_NW[rows_N[0] : rows_N[-1] + 1] = self.encoding.encode(codes_AN.T)
 
     def keep_block(self, first_id: int, end: int, device: torch.device) -> None:
         """Hold the assignments of ids ``first_id .. end - 1`` only; other ids must not be asked for from then on."""
@@ -191,12 +213,14 @@ class AssignedRowMap(RowMap):
             weights_N: how often each was seen, for one. The largest weights above ``min_id_count - 1`` are taken, of equal
                 ones the first.
         """
-        slots, places = len(self.assignments), (weights_N > self.storage.min_id_count - 1).nonzero().view(-1)
-        if len(places) <= slots:
-            return places
-        least = weights_N.topk(slots).values[-1]
-        above, equal = (weights_N > least).nonzero().view(-1), (weights_N == least).nonzero().view(-1)
-        return torch.cat([above, equal[: slots - len(above)]]).sort().values
+        return _heaviest(weights_N, len(self.assignments), self.storage.min_id_count - 1)
+
+    def choose_hot_ids(self, weights_V: Tensor | None) -> Tensor:
+        """Which ids are to have rows of their own, in order: the first ids, or those of the largest weights above 0."""
+        number = min(self.storage.num_hot_ids, self.num_embeddings)
+        if weights_V is None:
+            return torch.arange(number, device=self.assignments.device)
+        return _heaviest(weights_V, number, 0).to(self.assignments.device)
 
     def put(self, stored_NW: Tensor, ids_N: Tensor | None) -> None:
         """Replace what is stored: of all ids of this rank, or of the chosen ones, sorted, which are the warm ones then."""

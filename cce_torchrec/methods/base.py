@@ -39,6 +39,8 @@ class RowSource(NamedTuple):
         rows_i(id) = [ a * level_rows + assignments[id - first_id, i A + a]  for a < A ]
                    + [ hashed_from + hash_{i H + h}(id)                      for h < H ]
 
+    An id whose assignment is hot in a column, ``hot_from`` or above, has that row in place of the hashed ones, too.
+
     Attributes:
         num_ids: how many ids, from ``first_id`` on, can be looked up; -1 for any id.
         first_id: the id of the first assignment.
@@ -49,6 +51,7 @@ class RowSource(NamedTuple):
         num_hashes: H.
         num_hashed_rows: the range of the hashes.
         hashed_from: what is added to them.
+        hot_from: the first hot assignment, where there are hot ones; only for A = 1.
     """
 
     num_ids: int = -1
@@ -60,6 +63,7 @@ class RowSource(NamedTuple):
     num_hashes: int = 0
     num_hashed_rows: int = 0
     hashed_from: int = 0
+    hot_from: int | None = None
 
 
 class IdMap(nn.Module, ABC):
@@ -242,9 +246,12 @@ class MethodConfig(ABC):
             raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {known}.")
         overrides = {name: value for name, value in overrides.items() if value is not None}
         integers = [field.name for field in fields(cls) if field.type in (int, int | None) and field.name != "seed"]
+        optional = [field.name for field in fields(cls) if field.default == 0]
         for name in integers:
+            if name in overrides and name in optional:
+                check_not_negative(**{name: overrides[name]})
             # What a size of another name may be, the method itself says better.
-            if name in overrides and (name.startswith("num_") or not isinstance(overrides[name], int)):
+            elif name in overrides and (name.startswith("num_") or not isinstance(overrides[name], int)):
                 check_positive(**{name: overrides[name]})
         method = cls(**{**cls.largest_fields(num_embeddings, embedding_dim, num_params, overrides), **overrides})
         needed = method.num_params(num_embeddings, embedding_dim)
@@ -310,6 +317,13 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive integer.")
+
+
+def check_not_negative(**values: int) -> None:
+    """Raise a ``ValueError`` for every value that is not an integer of 0 or more."""
+    for name, value in values.items():
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"{name}={value!r} is not an integer of 0 or more.")
 
 
 def check_bool(**values: bool) -> None:

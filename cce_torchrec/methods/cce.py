@@ -32,7 +32,7 @@ class Codebooks:
         num_assigned: A, codebooks whose rows are stored for each id.
         num_rows: k, rows of each of those.
         num_helper_rows: k', rows of the hashed one; 0 for none.
-        storage: of the assignments.
+        storage: of the assignments; hot ids have a row of their own in every column.
     """
 
     num_columns: int
@@ -43,10 +43,11 @@ class Codebooks:
 
 
 class CCERowMap(AssignedRowMap):
-    """Main rows by stored assignment, a helper row by hash; the helper rows follow the main ones in the column's table.
+    """Main rows by stored assignment, a helper row by hash. A column's table has A * k main, then hot, then helper rows.
 
-    The c * A assignments of an id are the rows of the main codebooks, column by column. Buffers beside them:
-    ``helper_coefficients`` int64 [1 + c] and ``version`` (how many times it was re-clustered).
+    The c * A assignments of an id are the rows of the main codebooks, column by column. The rows of a hot id are its own,
+    ``rows_per_id`` times the same. Buffers beside the assignments: ``helper_coefficients`` int64 [1 + c] and ``version``
+    (how many times it was re-clustered).
     """
 
     helper_coefficients: Tensor | None
@@ -64,8 +65,9 @@ class CCERowMap(AssignedRowMap):
         super().__init__(codebooks.storage, codebooks.num_rows, columns * assigned, key, num_embeddings, device)
         self.num_assigned, self.level_rows = assigned, codebooks.num_rows
         self.num_main_rows, self.num_helper_rows = assigned * codebooks.num_rows, codebooks.num_helper_rows
+        self.first_helper_row = self.num_main_rows + codebooks.storage.num_hot_ids
         self.rows_per_id = assigned + (self.num_helper_rows > 0)
-        self.columns = (Column(self.num_main_rows + self.num_helper_rows, embedding_dim // columns),) * columns
+        self.columns = (Column(self.first_helper_row + self.num_helper_rows, embedding_dim // columns),) * columns
         helper = torch.empty(1 + columns, dtype=torch.int64, device=device) if self.num_helper_rows else None
         self.register_buffer("helper_coefficients", helper)
         self.register_buffer("version", torch.empty((), dtype=torch.int64, device=device))
@@ -97,7 +99,7 @@ class CCERowMap(AssignedRowMap):
         self.version += 1
 
     def main_rows(self, ids_N: Tensor) -> Tensor:
-        """Row of each main codebook of each id, counted from that codebook's start: int64 [c * A, N]."""
+        """Row of each main codebook of each id, counted from that codebook's start, of hot ids k and up: int64 [c * A, N]."""
         return self.assigned(ids_N).T.to(torch.int64)
 
     def helper_rows(self, ids_N: Tensor) -> Tensor:
@@ -116,11 +118,20 @@ class CCERowMap(AssignedRowMap):
         for level in range(1, assigned):
             rows_CNR[..., level] += level * self.level_rows
         if self.num_helper_rows:
-            torch.add(self.helper_rows(ids_N), self.num_main_rows, out=rows_CNR[..., -1])
+            torch.add(self.helper_rows(ids_N), self.first_helper_row, out=rows_CNR[..., -1])
+        if self.storage.num_hot_ids:
+            self._point_to_own(rows_CNR)
         return rows_CNR
 
+    def _point_to_own(self, rows_CNR: Tensor) -> None:
+        """Replace all rows of hot ids, whose assignments are k and up, by their own."""
+        is_hot_N = rows_CNR[0, :, 0] >= self.level_rows
+        own_N = rows_CNR[0, :, 0] + (self.num_main_rows - self.level_rows)
+        torch.where(is_hot_N[:, None], own_N[:, None], rows_CNR, out=rows_CNR)
+
     def source(self) -> RowSource | None:
-        if not self.has_plain_assignments:
+        has_hot_ids = self.storage.num_hot_ids > 0
+        if not self.has_plain_assignments or (has_hot_ids and self.num_assigned > 1):
             return None
         assignments, coefficients = self.assignments, self.helper_coefficients  # a buffer takes its time to find
         return RowSource(
@@ -132,7 +143,8 @@ class CCERowMap(AssignedRowMap):
             coefficients=coefficients,
             num_hashes=int(coefficients is not None),
             num_hashed_rows=self.num_helper_rows,
-            hashed_from=self.num_main_rows,
+            hashed_from=self.first_helper_row,
+            hot_from=self.level_rows if has_hot_ids else None,
         )
 
     def write_rows(self, ids_N: Tensor, values_M: Tensor, starts_C: Sequence[int | None]) -> bool:
@@ -145,7 +157,8 @@ class CCERowMap(AssignedRowMap):
             self.num_helper_rows,
             values_M,
             starts_C,
-            hashed_from=self.num_main_rows,
+            hashed_from=self.first_helper_row,
+            hot_from=self.level_rows if self.storage.num_hot_ids else None,
         )
 
 
@@ -155,7 +168,8 @@ class CCE(RowMethod):
 
     ``h_i`` is a stored assignment (a hash until the first re-clustering), ``h'_i`` a hash function. :func:`recluster`
     replaces M_i by the K-means centroids of the ids' column vectors, h_i by the nearest centroid, h'_i by a fresh hash and
-    M'_i by the mean residual of each of its rows, so that ids that behave alike come to share rows.
+    M'_i by the mean residual of each of its rows, so that ids that behave alike come to share rows. Hot ids share none: their
+    vector is 2 H[j], the j-th of H a row of their own.
 
     Args:
         num_rows: k, rows of each column's main codebook.
@@ -166,12 +180,17 @@ class CCE(RowMethod):
         num_assigned_ids: N, how many ids have stored assignments; ``None`` for all. Each re-clustering gives them to the ids
             seen most often in training (or of the largest ``id_weights``); the others stay hashed.
         min_id_count: n, how often an id must have been seen to get stored assignments, where not all ids have them.
+        num_hot_ids: f, how many ids have a row of their own. Each re-clustering gives these to the ids on which the loss
+            depends most, by the gradients that were recorded, or to those of the largest weights, where weights are given.
+            Without either, and until the first re-clustering, the first ids have them.
 
-    Stored beside the parameters: V x c assignments of 1, 2 or 4 bytes (the narrowest that holds k), or of the bits that k
-    takes, filled up to a byte an id. With ``num_assigned_ids``: N instead of V, and 4 bytes for each of those ids.
+    Stored beside the parameters: V x c assignments of 1, 2 or 4 bytes (the narrowest that holds k + f), or of the bits that
+    k + f takes, filled up to a byte an id. With ``num_assigned_ids``: N instead of V, and 4 bytes for each of those ids.
 
     Paper: Tsang & Ahle, "Clustering the Sketch: Dynamic Compression for Embedding Tables", NeurIPS 2023, arXiv 2210.05974.
     There the helper starts at zero after a clustering; here at the mean residual, which loses less of what was learned.
+    Rows of their own for frequent ids: Zhang et al., "CAFE: Towards Compact, Adaptive, and Fast Embedding for Large-scale
+    Recommendation Models", SIGMOD 2024, arXiv 2312.03256.
 
     Example:
         >>> CCE(num_rows=100, num_columns=4).num_params(10_000, 16)
@@ -189,11 +208,12 @@ class CCE(RowMethod):
     bit_packed: bool = False
     num_assigned_ids: int | None = None
     min_id_count: int = 1
+    num_hot_ids: int = 0
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows, num_helper_rows=self.helper_rows)
         check_positive(num_columns=self.num_columns)
-        _ = self.storage  # which checks its fields
+        check_rows(num_rows_with_those_of_hot_ids=self.num_rows + self.storage.num_hot_ids)
 
     @property
     def helper_rows(self) -> int:
@@ -201,7 +221,7 @@ class CCE(RowMethod):
         return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
 
     def sizes(self) -> dict[str, Any]:
-        stored = ("bit_packed", "num_assigned_ids", "min_id_count")
+        stored = ("bit_packed", "num_assigned_ids", "min_id_count", "num_hot_ids")
         sizes = {name: value for name, value in super().sizes().items() if name not in stored}
         return {**sizes, "num_helper_rows": self.helper_rows, **self.storage.sizes()}
 
@@ -209,7 +229,10 @@ class CCE(RowMethod):
     def storage(self) -> AssignmentStorage:
         """Of the assignments."""
         return AssignmentStorage(
-            bit_packed=self.bit_packed, num_assigned_ids=self.num_assigned_ids, min_id_count=self.min_id_count
+            bit_packed=self.bit_packed,
+            num_assigned_ids=self.num_assigned_ids,
+            min_id_count=self.min_id_count,
+            num_hot_ids=self.num_hot_ids,
         )
 
     @property
@@ -223,7 +246,7 @@ class CCE(RowMethod):
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         check_divides(embedding_dim, self.num_columns)
-        return (self.num_assigned * self.num_rows + self.helper_rows) * embedding_dim
+        return (self.num_assigned * self.num_rows + self.num_hot_ids + self.helper_rows) * embedding_dim
 
     @classmethod
     def largest_fields(
@@ -237,8 +260,9 @@ class CCE(RowMethod):
     ) -> dict[str, Any]:
         """The budget shared out equally to the codebooks of a column, as far as they are not fixed."""
         main_rows, helper_rows = overrides.get("num_rows"), overrides.get("num_helper_rows")
-        smallest = num_assigned * (main_rows or 1) + (helper_rows or 1)
-        rows = budget_rows(cls.key, num_params, embedding_dim, smallest)
+        hot_rows = overrides.get("num_hot_ids", 0)
+        smallest = num_assigned * (main_rows or 1) + (helper_rows or 1) + hot_rows
+        rows = budget_rows(cls.key, num_params, embedding_dim, smallest) - hot_rows
         if main_rows is None:
             main_rows = (rows - (helper_rows or rows // (num_assigned + 1))) // num_assigned
         return {

@@ -152,7 +152,7 @@ def _declare(loaded: ctypes.CDLL) -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     loaded.cce_hashed_rows.argtypes = [pointer, integer, integer, pointer, integer, pointer]
     loaded.cce_hashed_rows.restype = None
-    loaded.cce_assigned_rows.argtypes = [pointer, integer, pointer, pointer, integer, integer, pointer, pointer]
+    loaded.cce_assigned_rows.argtypes = [pointer, integer, pointer, pointer, *[integer] * 3, pointer, pointer]
     loaded.cce_assigned_rows.restype = ctypes.c_int
     loaded.cce_lookup.argtypes = [*[pointer] * 4, integer]
     loaded.cce_lookup.restype = ctypes.c_int

@@ -54,6 +54,7 @@ struct Table {
   int64_t hashes;      // rows by hash, after those
   int64_t hashed_rows;
   int64_t hashed_from;
+  int64_t hot_from;  // stored rows from here on are the hashed ones, too; -1: none
   int64_t first_feature;
   int64_t num_features;
   int64_t first_piece;
@@ -193,6 +194,20 @@ void hashed_rows(const Shape& shape, const Table& table, const Piece* pieces, co
     }
 }
 
+// Rows of hot ids, once all others are there.
+template <typename Shape>
+void hot_rows(const Shape& shape, const Table& table, int64_t n, uint32_t* rows) {
+  const int64_t count = shape.pieces(), stride = count * shape.rows();
+  const uint32_t hot_from = static_cast<uint32_t>(table.hot_from);
+  for (int64_t h = 1; h < shape.rows(); ++h)
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t p = 0; p < count; ++p) {
+        const uint32_t stored = rows[i * stride + p];
+        uint32_t& hashed = rows[i * stride + h * count + p];
+        hashed = stored >= hot_from ? stored : hashed;
+      }
+}
+
 template <typename Shape>
 void rows_of(const Shape& shape, const Table& table, const Piece* pieces, const int64_t* ids, int64_t n, int64_t left,
              uint32_t* rows) {
@@ -203,6 +218,7 @@ void rows_of(const Shape& shape, const Table& table, const Piece* pieces, const 
     stored(shape, table, pieces, ids, n, left, rows);
   }
   if (table.coefficients != nullptr) hashed_rows(shape, table, pieces, ids, n, rows);
+  if (table.hot_from >= 0) hot_rows(shape, table, n, rows);
   if (table.assignments == nullptr && table.coefficients == nullptr)
     for (int64_t i = 0; i < n; ++i)
       for (int64_t p = 0; p < shape.pieces(); ++p) rows[i * shape.pieces() + p] = static_cast<uint32_t>(ids[i]);
@@ -298,10 +314,11 @@ void pool_bags(const Shape& shape, Places<Shape>& places, const Piece* pieces, c
   }
 }
 
-// Brings a codebook into the cache in order, which is faster than row by row.
+// Brings a codebook into the cache in order, which is faster than row by row. It is read, not prefetched: processors drop
+// prefetches of which too many are under way.
 void sweep(const Piece& piece) {
-  const char* weights = reinterpret_cast<const char*>(piece.weights);
-  for (int64_t byte = 0; byte < piece.rows * piece.dim * 4; byte += LINE) __builtin_prefetch(weights + byte);
+  const volatile float* weights = piece.weights;
+  for (int64_t i = 0; i < piece.rows * piece.dim; i += LINE / 4) static_cast<void>(weights[i]);
 }
 
 // The pooled vectors of bags [first, end) of every feature of a table; `kept`: where its rows are written to, or null.

@@ -55,6 +55,7 @@ class _Table(ctypes.Structure):
                 "hashes",
                 "hashed_rows",
                 "hashed_from",
+                "hot_from",
                 "first_feature",
                 "num_features",
                 "first_piece",
@@ -192,7 +193,7 @@ class FusedLookup:
             return None
         made_of = (
             self.store.addresses(),
-            [(_address(source.assignments), _address(source.coefficients), source.num_ids) for source in known],
+            [(_address(s.assignments), _address(s.coefficients), s.num_ids, s.hot_from) for s in known],
         )
         if self._cached is None or self._cached.made_of != made_of:
             self._cached = _addresses(self._tables, known, self.store, made_of)
@@ -288,6 +289,7 @@ def _table(table: LookupTable, source: RowSource, first_piece: int) -> _Table:
         hashes=source.num_hashes,
         hashed_rows=source.num_hashed_rows,
         hashed_from=source.hashed_from,
+        hot_from=-1 if source.hot_from is None else source.hot_from,
         first_feature=table.first_feature,
         num_features=table.num_features,
         first_piece=first_piece,

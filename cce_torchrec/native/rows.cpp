@@ -125,7 +125,7 @@ void gather(const Stored& stored, const Rows rows, const int64_t* ids, int64_t n
 
 template <typename Rows>
 void assigned_rows(const int64_t* ids, int64_t n, const Stored& stored, const int64_t* coefficients,
-                   int64_t num_hashed, int64_t hashed_from, void* scratch, int64_t* const* out) {
+                   int64_t num_hashed, int64_t hashed_from, int64_t hot_from, void* scratch, int64_t* const* out) {
   const Rows stored_rows(stored);
   const int64_t columns = stored.columns;
   auto* main = static_cast<typename Rows::Value*>(scratch);
@@ -141,9 +141,11 @@ void assigned_rows(const int64_t* ids, int64_t n, const Stored& stored, const in
       const auto* mine = main + c * BLOCK;
       const uint64_t multiplier = static_cast<uint64_t>(coefficients[1 + c]);
       for (int64_t i = 0; i < size; ++i) {
-        rows[2 * i] = mine[i];
-        rows[2 * i + 1] =
+        const int64_t row = mine[i];
+        const int64_t helper =
             static_cast<int64_t>(hashed(mixed[i], multiplier, static_cast<uint64_t>(num_hashed))) + hashed_from;
+        rows[2 * i] = row;
+        rows[2 * i + 1] = row >= hot_from ? row : helper;
       }
     }
   }
@@ -178,10 +180,10 @@ void cce_hashed_rows(const int64_t* ids, int64_t n, int64_t columns, const int64
   }
 }
 
-// out[c][2 i] = the assignment of ids[i] in column c, out[c][2 i + 1] = hashed_from + its hash. `scratch` holds
-// columns * 512 int32. Returns 0 and writes nothing where an id is not one of those that are stored, or hashed.
+// out[c][2 i] = the assignment of ids[i] in column c, out[c][2 i + 1] = hashed_from + its hash, or the assignment again
+// where that is hot_from or above. `scratch` holds columns * 512 int32. Returns 0 and writes nothing where an id is not one of those that are stored, or hashed.
 int cce_assigned_rows(const int64_t* ids, int64_t n, const Stored* stored, const int64_t* coefficients,
-                      int64_t num_hashed, int64_t hashed_from, void* scratch, int64_t* const* out) {
+                      int64_t num_hashed, int64_t hashed_from, int64_t hot_from, void* scratch, int64_t* const* out) {
   if (!all_inside(ids, n, stored->first, stored->count)) return 0;
   auto write = assigned_rows<Bits>;
   if (stored->bits == 0) {
@@ -192,7 +194,7 @@ int cce_assigned_rows(const int64_t* ids, int64_t n, const Stored* stored, const
     else
       write = words_of<int32_t>(stored->columns);
   }
-  write(ids, n, *stored, coefficients, num_hashed, hashed_from, scratch, out);
+  write(ids, n, *stored, coefficients, num_hashed, hashed_from, hot_from, scratch, out);
   return 1;
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from cce_torchrec.native.build import usable
 
 _SCRATCH_IDS = 512  # as BLOCK of rows.cpp
+_NONE_HOT = 2**62  # above any row
 
 
 def write_hashed_rows(
@@ -118,6 +119,7 @@ def write_assigned_rows(
     starts_C: Sequence[int | None],
     *,
     hashed_from: int,
+    hot_from: int | None = None,
 ) -> bool:
     """Write a stored and a hashed row of each id, in turn, for each column to its place in ``values_M``.
 
@@ -129,6 +131,7 @@ def write_assigned_rows(
         values_M: int64 [M], where to write.
         starts_C: where in it the 2 N rows of each column begin; ``None`` leaves the column out.
         hashed_from: what is added to the hashes.
+        hot_from: assignments from here on are both rows of their id.
 
     Returns:
         Whether it was done: not where an id may not be asked for, there is no library, or for tensors it cannot see into.
@@ -146,6 +149,7 @@ def write_assigned_rows(
             coefficients.data_ptr(),
             num_hashed_rows,
             hashed_from,
+            _NONE_HOT if hot_from is None else hot_from,
             scratch.data_ptr(),
             _addresses(values_M, starts_C),
         )

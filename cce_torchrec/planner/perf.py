@@ -127,5 +127,5 @@ def _fetched(table: LoweredTable, lookups: float) -> float:
     if not has_sharded_assignments(table.config):
         return 0.0
     assert isinstance(row_map, CCERowMap)
-    of_an_id = 8 / len(row_map.columns) + smallest_int_dtype(row_map.num_values).itemsize * row_map.num_assigned
+    of_an_id = 8 / len(row_map.columns) + smallest_int_dtype(row_map.num_codes).itemsize * row_map.num_assigned
     return lookups / row_map.rows_per_id * of_an_id

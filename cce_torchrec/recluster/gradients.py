@@ -22,6 +22,7 @@ from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddi
 from cce_torchrec.id_gradients import MAX_BYTES, IdGradients
 from cce_torchrec.lowering import Table
 from cce_torchrec.recluster.collectives import Collectives
+from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.vocabulary import Block, gather_block
 from cce_torchrec.sums_by_id import SumsById
 
@@ -49,27 +50,53 @@ class IdSteps:
         return steps[torch.where(self._ids_U[place_N] == ids_N, place_N, stay)]
 
 
-def gather_steps(
-    recorded: SumsById | None, block: Block, *, rate: float, damping: float, collectives: Collectives
-) -> IdSteps | None:
-    """The steps of this rank's block of ids, from what all ranks recorded; collective.
+def gather_sums(recorded: SumsById | None, block: Block, collectives: Collectives) -> SumsById | None:
+    """What all ranks recorded of this rank's block of ids; collective.
 
     Args:
         recorded: of one table on this rank; ``None`` where nothing was, on all ranks or on none.
         block: the ids of this rank.
-        rate: a factor of all steps.
-        damping: see the equation above.
         collectives: how to reach the other ranks.
     """
     if recorded is None:
         return None
-    ids_U, sums_UW = gather_block(recorded, block, collectives).sums()
+    return gather_block(recorded, block, collectives)
+
+
+def steps_from(
+    sums: SumsById | None, config: ReclusterConfig, device: torch.device, collectives: Collectives
+) -> IdSteps | None:
+    """The steps of this rank's block of ids; collective.
+
+    Args:
+        sums: as :func:`gather_sums` returns them.
+        config: the rate of the steps and their damping.
+        device: of the steps.
+        collectives: how to reach the other ranks.
+    """
+    if sums is None:
+        return None
+    ids_U, sums_UW = sums.sums()
     gradient_UD, bound_U = sums_UW[:, :-1], sums_UW[:, -1]
     totals = torch.stack([bound_U.double().sum(), torch.tensor(len(bound_U), dtype=torch.float64)])
     total, number = collectives.all_reduce_sum(totals).tolist()
-    curvature_U = bound_U + damping * total / max(number, 1)
-    steps_UD = torch.where(curvature_U[:, None] > 0, -rate * gradient_UD / curvature_U[:, None], 0)
-    return IdSteps(ids_U.to(block.device), steps_UD.to(block.device))
+    curvature_U = bound_U + config.gradient_damping * total / max(number, 1)
+    steps_UD = torch.where(curvature_U[:, None] > 0, -config.gradient_step * gradient_UD / curvature_U[:, None], 0)
+    return IdSteps(ids_U.to(device), steps_UD.to(device))
+
+
+def most_sensitive_ids(sums: SumsById, number: int, collectives: Collectives) -> Tensor:
+    """The ids of all ranks' blocks on which the loss depends most, those of the largest T, in rising order; collective."""
+    ids_U, sums_UW = sums.sums()
+    bound_U = sums_UW[:, -1]
+    mine_N = _largest(bound_U, number).sort().values  # no others of this rank's can be among them
+    ids_N, bound_N = collectives.all_gather_rows(ids_U[mine_N]), collectives.all_gather_rows(bound_U[mine_N])
+    return ids_N[_largest(bound_N, number)].sort().values
+
+
+def _largest(numbers_N: Tensor, count: int) -> Tensor:
+    """The places of the largest, the first of equal ones."""
+    return numbers_N.sort(descending=True, stable=True).indices[:count]
 
 
 def reclusterable_tables(collection: Collection) -> Iterator[Table]:

@@ -22,7 +22,7 @@ from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.methods.flat_memory import read_windows
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
-from cce_torchrec.recluster.gradients import IdSteps, gather_steps
+from cce_torchrec.recluster.gradients import IdSteps, gather_sums, steps_from
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.stores import DenseStore
@@ -129,13 +129,7 @@ def recluster_windows(
         check_finite(state.name, part, memory_M, decoder.width)
     num_ids, num_cells = decoder.num_embeddings, len(state.memories[0])
     block = Block.of_rank(num_ids, config.decode_batch_size, state.memories[0].device, collectives)
-    steps = gather_steps(
-        state.gradients,
-        block,
-        rate=config.gradient_step,
-        damping=config.gradient_damping,
-        collectives=collectives,
-    )
+    steps = steps_from(gather_sums(state.gradients, block, collectives), config, block.device, collectives)
     memory_M = _fit_memory(state, steps, block, derive_seed(seed, state.name), config, collectives)
     coefficients = decoder.draw_helper_coefficients(int(decoder.version) + 1, seed).to(block.device)
     sums = _Sums(state, steps, memory_M, coefficients)

@@ -55,7 +55,7 @@ def recluster_workspace(
     assignments = len(row_map.assignments) * row_bytes
     share = -(-num_ids // world_size)
     own_assignments = -(-len(row_map.assignments) // world_size) * row_bytes
-    chosen = 0 if row_map.warm_ids is None else 8 * len(row_map.warm_ids)
+    chosen = 8 * (row_map.storage.num_hot_ids + (0 if row_map.warm_ids is None else len(row_map.warm_ids)))
     held = (own_assignments if is_sharded else assignments) + params + chosen
     points = min(share, -(-int(_SPREAD * config.points_per_centroid * row_map.level_rows) // world_size) + 1000)
     sample = points * (_POINT_BYTES + 3 * 4 * dim) + min(MAX_BOUND_BYTES, points * 4 * MAX_GROUPS)

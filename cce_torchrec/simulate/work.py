@@ -158,7 +158,8 @@ def _messages(
 ) -> tuple[Message, ...]:
     """Of all collectives; each is preceded by an agreement that no rank has failed, a gather by one of the sizes."""
     rows = sum(column.num_rows for column in row_map.columns)
-    helpers = len(row_map.columns) * row_map.num_helper_rows * fit.dim
+    summed_rows = row_map.num_helper_rows + row_map.storage.num_hot_ids
+    helpers = len(row_map.columns) * summed_rows * fit.dim
     step = max(1, row_map.num_embeddings // MOVED_SAMPLE)
     gathers = {
         "arguments": (num_fits, 8 * _WORD),

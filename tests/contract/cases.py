@@ -32,12 +32,14 @@ class Variant(NamedTuple):
 
 def _variants() -> Iterator[Variant]:
     for key, method in METHODS.items():
-        hints = get_type_hints(method).items()
-        choices = {name: get_args(hint) for name, hint in hints if get_origin(hint) is Literal}
-        choices |= {name: (True,) for name, hint in hints if hint is bool}  # they are off by default
+        hints = get_type_hints(method)
+        choices = {name: get_args(hint) for name, hint in hints.items() if get_origin(hint) is Literal}
+        choices |= {name: (True,) for name, hint in hints.items() if hint is bool}  # they are off by default
         yield Variant(key, {})
         for name, values in choices.items():
             yield from (Variant(key, {name: value}) for value in values)
+        if "num_hot_ids" in hints:
+            yield Variant(key, {"num_hot_ids": 3})
 
 
 VARIANTS = list(_variants())

@@ -33,14 +33,15 @@ from tests.distributed.reference import RowwiseAdagrad, codebooks, loss_of, trai
 
 pytestmark = pytest.mark.distributed
 
-SIZES = {"packed": 101, "warm": 90, "both": 75, "residual": 47, "ce": 1000, "plain": 57}
-GROWN = {**SIZES, "packed": 133, "warm": 203, "both": 76, "residual": 49, "ce": 1001}
-SHARDED = ("packed", "residual")  # by id, where asked for
+SIZES = {"packed": 101, "warm": 90, "both": 75, "residual": 47, "hot": 83, "ce": 1000, "plain": 57}
+GROWN = {**SIZES, "packed": 133, "warm": 203, "both": 76, "residual": 49, "hot": 97, "ce": 1001}
+SHARDED = ("packed", "residual", "hot")  # by id, where asked for
 METHODS: dict[str, RowMethod] = {
     "packed": CCE(num_rows=5, num_columns=2, num_helper_rows=6, bit_packed=True),
     "warm": CCE(num_rows=6, num_columns=2, num_assigned_ids=100),
     "both": CCE(num_rows=9, num_columns=2, num_assigned_ids=20, bit_packed=True),
     "residual": ResidualCCE(num_rows=4, num_levels=3, num_columns=2, num_helper_rows=5, bit_packed=True),
+    "hot": CCE(num_rows=5, num_columns=2, num_hot_ids=9),
     "ce": CE(num_rows=7, num_columns=2),
 }
 

@@ -43,6 +43,7 @@ def test_counts_of_every_method_that_learns(monkeypatch: pytest.MonkeyPatch) -> 
         "packed": CCE(num_rows=7, num_columns=4, bit_packed=True),
         "warm": CCE(num_rows=7, num_columns=4, num_assigned_ids=50),
         "warm and packed": ResidualCCE(num_rows=7, num_columns=2, num_assigned_ids=50, bit_packed=True),
+        "hot": CCE(num_rows=7, num_columns=4, num_hot_ids=9),
         "residual": ResidualCCE(num_rows=5, num_levels=3, num_columns=2),
         "robe": CCERobe(num_cells=40, num_columns=4),
         "ce": CE(num_rows=7, num_columns=4),
@@ -60,7 +61,7 @@ def test_counts_of_every_method_that_learns(monkeypatch: pytest.MonkeyPatch) -> 
         robe = collection.decoded_tables[0].decoder
         assert found["cce"] == by_hand(row_maps["cce"].assignments, 7)
         assert found["residual"] == by_hand(row_maps["residual"].assignments, 5)
-        for name in ("packed", "warm", "warm and packed"):
+        for name in ("packed", "warm", "warm and packed", "hot"):
             assert found[name] == by_hand(as_looked_up(row_maps[name]), 7)
         assert found["robe"] == by_hand(robe.offsets, len(robe.memory))
         assert found.keys() == methods.keys() - {"ce"}

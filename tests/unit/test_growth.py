@@ -29,6 +29,7 @@ def variants() -> dict[str, MethodConfig]:
         "cce, packed": CCE(num_rows=12, num_columns=2, bit_packed=True),
         "cce, warm": CCE(num_rows=12, num_columns=2, num_assigned_ids=40),
         "cce, room": CCE(num_rows=12, num_columns=2, num_assigned_ids=150),
+        "cce, hot": CCE(num_rows=12, num_columns=2, num_hot_ids=7),
         "residual, packed and warm": ResidualCCE(num_rows=5, num_columns=2, bit_packed=True, num_assigned_ids=40),
     }
 

@@ -20,8 +20,7 @@ from cce_torchrec import (
     record_gradients,
 )
 from cce_torchrec.recluster.collectives import LocalCollectives
-from cce_torchrec.recluster.gradients import gather_steps
-from cce_torchrec.recluster.vocabulary import Block
+from cce_torchrec.recluster.gradients import most_sensitive_ids, steps_from
 from cce_torchrec.sums_by_id import SumsById
 from tests.unit.cce_tables import Snapshot, build, cce_table
 from tests.unit.oracles import make_kjt
@@ -158,8 +157,8 @@ def test_the_bytes_of_a_collection_are_shared_out_to_its_tables() -> None:
 def test_steps_by_hand() -> None:
     sums = SumsById(3)
     sums.add(torch.tensor([9, 4]), torch.tensor([[1.0, -2.0, 3.0], [4.0, 0.0, 1.0]]))
-    block = Block(0, 10, 100, torch.device("cpu"))
-    steps = gather_steps(sums, block, rate=0.5, damping=2.0, collectives=LocalCollectives())
+    config = ReclusterConfig(gradient_step=0.5, gradient_damping=2.0)
+    steps = steps_from(sums, config, torch.device("cpu"), LocalCollectives())
     # The mean of T is 2, so the curvatures are 3 + 4 and 1 + 4.
     expected = torch.tensor([[-0.5 / 7, 1.0 / 7], [0.0, 0.0], [-2.0 / 5, 0.0]])
     torch.testing.assert_close(steps(torch.tensor([9, 5, 4]), slice(None)), expected)
@@ -169,10 +168,16 @@ def test_steps_by_hand() -> None:
 def test_gradients_that_are_all_zero_move_nothing() -> None:
     sums = SumsById(2)
     sums.add(torch.tensor([1]), torch.zeros(1, 2))
-    steps = gather_steps(
-        sums, Block(0, 3, 9, torch.device("cpu")), rate=1.0, damping=1.0, collectives=LocalCollectives()
-    )
+    steps = steps_from(sums, ReclusterConfig(), torch.device("cpu"), LocalCollectives())
     assert torch.equal(steps(torch.arange(3), slice(None)), torch.zeros(3, 1))
+
+
+def test_the_most_sensitive_ids() -> None:
+    sums = SumsById(2)
+    bounds = {7: 1.0, 3: 5.0, 12: 5.0, 4: 5.0, 9: 6.0}
+    sums.add(torch.tensor(list(bounds)), torch.tensor([[100.0 - bound, bound] for bound in bounds.values()]))
+    found = {number: most_sensitive_ids(sums, number, LocalCollectives()).tolist() for number in (1, 3, 5, 9)}
+    assert found == {1: [9], 3: [3, 4, 9], 5: [3, 4, 7, 9, 12], 9: [3, 4, 7, 9, 12]}
 
 
 METHODS = {

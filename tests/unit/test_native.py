@@ -55,6 +55,8 @@ METHODS: dict[str, RowMethod | None] = {
     "warm": CCE(num_rows=300, num_columns=8, num_assigned_ids=400),
     "one warm": CCE(num_rows=7, num_columns=4, num_assigned_ids=1),
     "warm and packed": CCE(num_rows=300, num_columns=4, bit_packed=True, num_assigned_ids=V - 1),
+    "hot": CCE(num_rows=250, num_columns=8, num_helper_rows=5, num_hot_ids=30),
+    "hot, warm and packed": CCE(num_rows=250, num_columns=4, num_hot_ids=30, bit_packed=True, num_assigned_ids=90),
     "ce": CE(num_rows=2**31 - 1, num_columns=4),
     "hashing trick": HashingTrick(num_rows=10),
     "no kernel": QR(num_remainders=10),
