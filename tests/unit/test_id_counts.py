@@ -295,11 +295,11 @@ def test_a_plain_config_does_not_count() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_hot_ids_are_among_those_with_assignments(weighted: bool) -> None:
-    collection = build(cce_table(V, method=warm_method(num_hot_ids=4, min_id_count=3)))
+    collection = build(cce_table(V, method=warm_method(num_hot_ids=2, min_id_count=3)))
     train(collection, KeyedJaggedTensor(["f_t"], torch.tensor([1, 50, 51, 2] * 3 + [0, 3]), lengths=torch.tensor([14])))
     weights_V = torch.zeros(V)
-    weights_V[[0, 1, 50]] = torch.tensor([2.0, 4.0, 3.0])
+    weights_V[[0, 1, 50, 51]] = torch.tensor([2.0, 4.0, 3.0, 3.5])
     recluster(collection, seed=0, id_weights={"t": weights_V} if weighted else {})
-    assert warm_ids(collection) == ([1, 50] if weighted else [1, 2, 50, 51])
+    assert warm_ids(collection) == ([1, 50, 51] if weighted else [1, 2, 50, 51])
     is_hot_V = collection.lowered_tables[0].row_map.main_rows(torch.arange(V))[0] >= 6
-    assert is_hot_V.nonzero().view(-1).tolist() == ([1, 50] if weighted else [1, 2])
+    assert is_hot_V.nonzero().view(-1).tolist() == ([1, 51] if weighted else [1])
