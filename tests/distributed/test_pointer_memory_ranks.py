@@ -225,7 +225,7 @@ def check_checkpoints(rank: int, world_size: int, folder: Path) -> None:
         return shard(Model(tables(sizes)), placed(kind))
 
     def grow(dmp: DistributedModelParallel) -> None:
-        for name in ("packed", "warm", "both", "residual", "ce"):
+        for name in ("packed", "warm", "both", "residual", "hot", "ce"):
             dmp.module.collection.grow(name, GROWN[name])
 
     first = sharded("table_wise")
