@@ -4,7 +4,8 @@
 
 is what is saved; it loads on any number of ranks, under any sharding type and assignment placement. Plain
 ``torch.distributed.checkpoint`` calls do the same work; :func:`load_checkpoint` adds that whatever does not fit is named
-before anything is changed. Gradients that are being recorded for the next re-clustering are saved beside it.
+before anything is changed. Beside it, what is recorded for the next re-clustering is saved: how often ids were seen, and
+gradients.
 """
 
 from concurrent.futures import Future
@@ -19,7 +20,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
 from cce_torchrec.lowering import LAYOUT_HOLDERS, LAYOUT_REMEDY, is_layout
-from cce_torchrec.recluster.gradients import load_gradients, save_gradients
+from cce_torchrec.recluster.recorded import load_recorded, save_recorded
 
 
 def checkpoint_state(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
@@ -52,7 +53,7 @@ def save_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
         ...     load_checkpoint(folder, model)
     """
     Path(path).mkdir(parents=True, exist_ok=True)
-    save_gradients(Path(path), model, *_rank_and_world_size())
+    save_recorded(Path(path), model, *_rank_and_world_size())
     dcp.save(
         _without_empty(checkpoint_state(model, optimizer)), checkpoint_id=str(path), no_dist=not dist.is_initialized()
     )
@@ -84,7 +85,7 @@ def save_checkpoint_async(
         )
     state = _without_empty(checkpoint_state(model, optimizer))
     Path(path).mkdir(parents=True, exist_ok=True)
-    save_gradients(Path(path), model, *_rank_and_world_size())
+    save_recorded(Path(path), model, *_rank_and_world_size())
     # The default stager of torch does not know the sharded tensors of TorchRec's state dicts.
     saved = dcp.async_save(
         state, checkpoint_id=str(path), process_group=process_group, async_stager=BlockingAsyncStager()
@@ -118,7 +119,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
     model.load_state_dict(whole["model"])
     if optimizer is not None:
         optimizer.load_state_dict(whole["optimizer"])
-    load_gradients(Path(path), model, *_rank_and_world_size())
+    load_recorded(Path(path), model, *_rank_and_world_size())
 
 
 def _rank_and_world_size() -> tuple[int, int]:

@@ -21,6 +21,7 @@ from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.dense_parts import DenseParts
 from cce_torchrec.fused import FusedCollection
 from cce_torchrec.growth import check_growth, grow_table
+from cce_torchrec.id_counts import IdCounts
 from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.in_backward import apply_requests, requests_of
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, check_layouts, decoded_tables, lower_tables
@@ -88,6 +89,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         names = {table.name: table.embedding_names for table in self.tables()}
         self._embedding_names = [name for config in self._configs for name in names[config.name]]
         self._decode = BagDecoder(self.decoded_tables, is_weighted, bounds_check_mode)
+        self.id_counts = IdCounts(self.tables())
         self.id_gradients: IdGradients | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
@@ -221,6 +223,8 @@ def _pooled(collection: CompressedEmbeddingBagCollection, features: KeyedJaggedT
     vectors = rows
     if vectors is None or collection.decoded_tables:
         vectors = join(rows, collection._decode(features), collection._embedding_names)
+    if collection.training and torch.is_grad_enabled():
+        collection.id_counts.observe(features)
     if collection.id_gradients is not None:
         collection.id_gradients.observe(features, vectors)
     return vectors

@@ -16,44 +16,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from cce_torchrec.lowering import Table
+from cce_torchrec.sums_by_id import SumsById
 
-_LEAST_PENDING = 1 << 16
 MAX_BYTES = 1 << 30
-
-
-class SumsById:
-    """Rows added up by id. Memory grows with the different ids that were added, not with how many ids there are.
-
-    Args:
-        width: numbers a row.
-        max_ids: where more ids come, those are kept whose sum has the largest last number; ``None`` keeps all.
-    """
-
-    def __init__(self, width: int, max_ids: int | None = None) -> None:
-        self._width, self._max_ids = width, max_ids
-        self._merged = (torch.empty(0, dtype=torch.int64), torch.empty(0, width))
-        self._pending: list[tuple[Tensor, Tensor]] = []
-        self._num_pending = 0
-
-    def add(self, ids_N: Tensor, rows_NW: Tensor) -> None:
-        """Add rows to the sums of their ids."""
-        self._pending.append((ids_N.cpu(), rows_NW.cpu()))
-        self._num_pending += len(ids_N)
-        if self._num_pending > max(_LEAST_PENDING, len(self._merged[0])):
-            self.sums()
-
-    def sums(self) -> tuple[Tensor, Tensor]:
-        """The ids in rising order, int64 [U], and their sums, float32 [U, W]; on the CPU."""
-        if self._pending:
-            ids, rows = zip(self._merged, *self._pending, strict=True)
-            ids_U, place_N = torch.unique(torch.cat(ids), return_inverse=True)
-            sums_UW = torch.zeros(len(ids_U), self._width).index_add_(0, place_N, torch.cat(rows))
-            if self._max_ids is not None and len(ids_U) > self._max_ids:
-                kept_U = sums_UW[:, -1].topk(self._max_ids).indices.sort().values
-                ids_U, sums_UW = ids_U[kept_U], sums_UW[kept_U]
-            self._merged = ids_U, sums_UW
-            self._pending, self._num_pending = [], 0
-        return self._merged
 
 
 class IdGradients:

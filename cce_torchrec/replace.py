@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
@@ -24,6 +25,7 @@ class Fit:
 
     seed: int
     config: ReclusterConfig
+    id_weights: Mapping[str, Tensor]
 
 
 def present_methods(collection: Collection) -> dict[str, MethodConfig]:
@@ -76,5 +78,5 @@ def replace_tables(
         elif is_compressed:
             table.row_map.load_state_dict(collection._row_maps[table.name].state_dict())
     if fit is not None:
-        fit_to_trained(replacement, to_fit, seed=fit.seed, config=fit.config)
+        fit_to_trained(replacement, to_fit, seed=fit.seed, config=fit.config, id_weights=fit.id_weights)
     return replacement

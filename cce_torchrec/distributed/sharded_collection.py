@@ -39,6 +39,7 @@ from cce_torchrec.distributed.fetch import FetchGroup
 from cce_torchrec.distributed.groups import OwnerGroup, make_group
 from cce_torchrec.distributed.growth import grow_on_all_ranks
 from cce_torchrec.distributed.id_sharding import keep_local_blocks
+from cce_torchrec.id_counts import IdCounts
 from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes, state_bytes
@@ -52,7 +53,7 @@ class CompressedContext(EmbeddingBagCollectionContext):
     Attributes:
         version: that of the assignments its rows were computed from.
         factors_BF: what its pooled vectors are multiplied by (MEAN pooling, scales).
-        batch: the raw batch: for decode tables, the recording of gradients, and rows that became stale.
+        batch: the raw batch: for decode tables, counts, the recording of gradients, and rows that became stale.
         localized: whether its rows stand where its ids stood (after a prefetch).
     """
 
@@ -126,6 +127,7 @@ class ShardedCompressedEmbeddingBagCollection(
         self._decode = BagDecoder(self.decoded_tables, self._is_weighted, mode)
         self._goes_stale = any(group.goes_stale for group in self._groups)
         self._version = 0
+        self.id_counts = IdCounts(self.tables())
         self.id_gradients: IdGradients | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
         self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
@@ -178,6 +180,8 @@ class ShardedCompressedEmbeddingBagCollection(
     def _named(self, ctx: CompressedContext, pooled: LazyAwaitable[KeyedTensor]) -> LazyAwaitable[KeyedTensor]:
         batch, factors_BF = ctx.batch, ctx.factors_BF
         decoded = self._decode(batch) if batch is not None else {}
+        if batch is not None and self.training and torch.is_grad_enabled():
+            self.id_counts.observe(batch)
 
         def name(values: KeyedTensor) -> KeyedTensor:
             rows = self._relabel(values, factors_BF)

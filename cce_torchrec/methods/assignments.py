@@ -30,6 +30,16 @@ def find_sorted(sorted_S: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
     return places_N, sorted_S[places_N] == ids_N
 
 
+def _heaviest(weights_N: Tensor, number: int, above: int) -> Tensor:
+    """The places, in order, of the largest weights that are above a limit; of equal ones the first."""
+    places = (weights_N > above).nonzero().view(-1)
+    if number == 0 or len(places) <= number:
+        return places[:number]
+    least = weights_N.topk(number).values[-1]
+    larger, equal = (weights_N > least).nonzero().view(-1), (weights_N == least).nonzero().view(-1)
+    return torch.cat([larger, equal[: number - len(larger)]]).sort().values
+
+
 @dataclass(frozen=True, kw_only=True)
 class AssignmentStorage:
     """What is stored for which ids.
@@ -37,17 +47,25 @@ class AssignmentStorage:
     Attributes:
         bit_packed: ceil(log2 k) bits an assignment instead of 1, 2 or 4 bytes.
         num_assigned_ids: how many ids have slots; ``None`` for all.
+        min_id_count: how often an id must have been seen to get one of those.
         num_hot_ids: how many ids have rows of their own.
     """
 
     bit_packed: bool = False
     num_assigned_ids: int | None = None
+    min_id_count: int = 1
     num_hot_ids: int = 0
 
     def __post_init__(self) -> None:
         check_bool(bit_packed=self.bit_packed)
         if self.num_assigned_ids is not None:
             check_positive(num_assigned_ids=self.num_assigned_ids)
+        check_positive(min_id_count=self.min_id_count)
+        if self.min_id_count > 1 and self.num_assigned_ids is None:
+            raise ValueError(
+                f"min_id_count={self.min_id_count} needs num_assigned_ids, for how many ids at most assignments are stored: "
+                "without it all ids have them, however often they are seen."
+            )
         check_not_negative(num_hot_ids=self.num_hot_ids)
         if self.num_assigned_ids is not None and self.num_hot_ids > self.num_assigned_ids:
             raise ValueError(
@@ -57,8 +75,8 @@ class AssignmentStorage:
 
     def sizes(self) -> dict[str, object]:
         """What differs from an integer an assignment for all ids, for the name of a table's layout."""
-        plain = AssignmentStorage()
-        return {name: value for name, value in vars(self).items() if value != getattr(plain, name)}
+        plain = vars(AssignmentStorage())
+        return {name: value for name, value in vars(self).items() if value != plain[name] and name != "min_id_count"}
 
 
 class AssignedRowMap(RowMap):
@@ -188,27 +206,21 @@ class AssignedRowMap(RowMap):
             num_values=self.num_values,
         )
 
-    def choose_ids(self, weights_V: Tensor | None) -> Tensor | None:
-        """Which ids are to have slots: those of the largest weights, the lower of equal ones; ``None`` for all.
+    def choose(self, weights_N: Tensor) -> Tensor:
+        """Which of N ids in rising order are to have slots, where not all have them: their places, in order.
 
         Args:
-            weights_V: how often each was seen, for one; ids of weight 0 are left out. ``None`` for all alike.
+            weights_N: how often each was seen, for one. The largest weights above ``min_id_count - 1`` are taken, of equal
+                ones the first.
         """
-        return None if self.warm_ids is None else self._heaviest(weights_V, len(self.assignments))
+        return _heaviest(weights_N, len(self.assignments), self.storage.min_id_count - 1)
 
     def choose_hot_ids(self, weights_V: Tensor | None) -> Tensor:
-        """Which ids are to have rows of their own, in order: as :meth:`choose_ids`, so they have slots in any case."""
-        return self._heaviest(weights_V, min(self.storage.num_hot_ids, self.num_embeddings))
-
-    def _heaviest(self, weights_V: Tensor | None, number: int) -> Tensor:
-        device = self.assignments.device
-        if weights_V is None or number == 0:
-            return torch.arange(number, device=device)
-        if int((weights_V > 0).sum()) <= number:
-            return (weights_V > 0).nonzero().view(-1).to(device)
-        least = weights_V.topk(number).values[-1]
-        above, equal = (weights_V > least).nonzero().view(-1), (weights_V == least).nonzero().view(-1)
-        return torch.cat([above, equal[: number - len(above)]]).sort().values.to(device)
+        """Which ids are to have rows of their own, in order: the first ids, or those of the largest weights above 0."""
+        number = min(self.storage.num_hot_ids, self.num_embeddings)
+        if weights_V is None:
+            return torch.arange(number, device=self.assignments.device)
+        return _heaviest(weights_V, number, 0).to(self.assignments.device)
 
     def put(self, stored_NW: Tensor, ids_N: Tensor | None) -> None:
         """Replace what is stored: of all ids of this rank, or of the chosen ones, sorted, which are the warm ones then."""

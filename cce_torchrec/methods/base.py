@@ -208,6 +208,11 @@ class MethodConfig(ABC):
     stores_assignments: ClassVar[bool] = False
     reclusterable: ClassVar[bool] = False
 
+    @property
+    def counts_ids(self) -> bool:
+        """Whether a collection counts how often the ids of its table occur in training, for the re-clusterings."""
+        return False
+
     @abstractmethod
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         """Trainable parameters of a table of ``num_embeddings`` ids and ``embedding_dim`` dims."""

@@ -178,7 +178,8 @@ class CCE(RowMethod):
         seed: of the hash functions; the table's name is part of the seed.
         bit_packed: whether assignments take ceil(log2 k) bits instead of 1, 2 or 4 bytes; results are the same.
         num_assigned_ids: N, how many ids have stored assignments; ``None`` for all. Each re-clustering gives them to the ids
-            of the largest weights; the others stay hashed.
+            seen most often in training (or of the largest ``id_weights``); the others stay hashed.
+        min_id_count: n, how often an id must have been seen to get stored assignments, where not all ids have them.
         num_hot_ids: f, how many ids have a row of their own. Each re-clustering gives these to the ids on which the loss
             depends most, by the gradients that were recorded, or to those of the largest weights, where weights are given.
             Without either, and until the first re-clustering, the first ids have them.
@@ -206,6 +207,7 @@ class CCE(RowMethod):
     seed: int = 0
     bit_packed: bool = False
     num_assigned_ids: int | None = None
+    min_id_count: int = 1
     num_hot_ids: int = 0
 
     def __post_init__(self) -> None:
@@ -219,7 +221,7 @@ class CCE(RowMethod):
         return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
 
     def sizes(self) -> dict[str, Any]:
-        stored = ("bit_packed", "num_assigned_ids", "num_hot_ids")
+        stored = ("bit_packed", "num_assigned_ids", "min_id_count", "num_hot_ids")
         sizes = {name: value for name, value in super().sizes().items() if name not in stored}
         return {**sizes, "num_helper_rows": self.helper_rows, **self.storage.sizes()}
 
@@ -227,8 +229,15 @@ class CCE(RowMethod):
     def storage(self) -> AssignmentStorage:
         """Of the assignments."""
         return AssignmentStorage(
-            bit_packed=self.bit_packed, num_assigned_ids=self.num_assigned_ids, num_hot_ids=self.num_hot_ids
+            bit_packed=self.bit_packed,
+            num_assigned_ids=self.num_assigned_ids,
+            min_id_count=self.min_id_count,
+            num_hot_ids=self.num_hot_ids,
         )
+
+    @property
+    def counts_ids(self) -> bool:
+        return self.num_assigned_ids is not None
 
     @property
     def num_assigned(self) -> int:

@@ -33,6 +33,7 @@ class ResidualCCE(CCE):
         seed: of the hash functions; the table's name is part of the seed.
         bit_packed: as for :class:`CCE`.
         num_assigned_ids: as for :class:`CCE`.
+        min_id_count: as for :class:`CCE`.
         num_hot_ids: as for :class:`CCE`; the vector of a hot id is L times its row.
 
     Stored beside the parameters: V x c x (L - 1) assignments of 1, 2 or 4 bytes (the narrowest that holds k), or less as for

@@ -1,75 +1,68 @@
-"""How often ids were seen, which says what they weigh in a re-clustering and which of them get stored assignments."""
+"""Which ids get stored assignments where not all ids have them: those that all ranks together have seen most often.
 
-from typing import Any
+Shapes: V ids, U different ids that were seen, N slots.
+"""
+
+import logging
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torchrec.modules.embedding_configs import EmbeddingBagConfig
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torch import Tensor
 
-from cce_torchrec.recluster.gradients import collections_to_recluster, reclusterable_tables
+from cce_torchrec.id_counts import IdCounts
+from cce_torchrec.lowering import LoweredTable
+from cce_torchrec.methods.assignments import AssignedRowMap
+from cce_torchrec.recluster.collectives import Collectives
+from cce_torchrec.recluster.vocabulary import Block, gather_block
+
+logger = logging.getLogger(__name__)
 
 
-class IdCounter:
-    """Counts the ids of the tables that are re-clustered, in the memory of the host: 8 bytes an id of these tables.
+def choose_ids(
+    table: LoweredTable, weights_V: Tensor | None, counted: IdCounts, collectives: Collectives
+) -> Tensor | None:
+    """The ids of a table that are to have slots, in rising order; ``None`` where all have them. Collective.
+
+    There may be none yet, which is logged.
 
     Args:
-        module: anything that contains compressed collections, sharded or not.
+        table: to be re-clustered.
+        weights_V: of all ids, which then decide.
+        counted: of its collection on this rank, which decides otherwise.
+        collectives: how to reach the other ranks.
 
-    Example:
-        >>> from cce_torchrec import CCE, CompressedEmbeddingBagCollection, CompressedEmbeddingBagConfig, recluster
-        >>> table = CompressedEmbeddingBagConfig(
-        ...     name="t",
-        ...     num_embeddings=100,
-        ...     embedding_dim=8,
-        ...     feature_names=["f"],
-        ...     method=CCE(num_rows=4, num_columns=2, num_assigned_ids=10),
-        ... )
-        >>> collection = CompressedEmbeddingBagCollection(tables=[table])
-        >>> counter = IdCounter(collection)
-        >>> counter.add(KeyedJaggedTensor(["f"], torch.tensor([7, 7, 42]), lengths=torch.tensor([3])))
-        >>> counter.id_weights()["t"][[7, 42]].tolist()
-        [2.0, 1.0]
-        >>> recluster(collection, seed=0, id_weights=counter.id_weights()).tables[0].version
-        1
+    Raises:
+        ValueError: on every rank, where nothing was counted, or no weight is large enough.
     """
+    row_map = table.row_map
+    assert isinstance(row_map, AssignedRowMap)
+    if row_map.warm_ids is None:
+        return None
+    least = row_map.storage.min_id_count
+    if weights_V is None:
+        chosen_N = _most_seen(table.name, row_map, counted, collectives)
+        if len(chosen_N) == 0:
+            logger.warning(
+                "Table %r is not re-clustered: no id was seen %d times, so all stay hashed.", table.name, least
+            )
+    else:
+        chosen_N = row_map.choose(weights_V)
+        if len(chosen_N) == 0:
+            raise ValueError(
+                f"id_weights[{table.name!r}] has a maximum of {weights_V.max().item()}, but min_id_count={least} takes "
+                f"ids of weights above {least - 1}: give counts as weights, or lower min_id_count."
+            )
+    return chosen_N.to(row_map.warm_ids.device)
 
-    def __init__(self, module: nn.Module) -> None:
-        tables = [
-            table for collection in collections_to_recluster(module) for table in reclusterable_tables(collection)
-        ]
-        self._configs: list[EmbeddingBagConfig] = [table.config for table in tables]
-        self._counts = {config.name: torch.zeros(config.num_embeddings, dtype=torch.int64) for config in self._configs}
 
-    def add(self, features: KeyedJaggedTensor) -> None:
-        """Count a batch of ids; those out of bounds are not counted. Tables may have grown since the last one."""
-        for config in self._configs:
-            ids_n = torch.cat([features[name].values() for name in config.feature_names]).to("cpu", torch.int64)
-            ids_n = ids_n[(ids_n >= 0) & (ids_n < config.num_embeddings)]
-            counts_V = self._grown(config)
-            counts_V.index_add_(0, ids_n, torch.ones_like(ids_n))
-
-    def _grown(self, config: EmbeddingBagConfig) -> Tensor:
-        counts_V = self._counts[config.name]
-        if len(counts_V) < config.num_embeddings:
-            counts_V = torch.cat([counts_V, counts_V.new_zeros(config.num_embeddings - len(counts_V))])
-            self._counts[config.name] = counts_V
-        return counts_V
-
-    def id_weights(self, process_group: Any = None) -> dict[str, Tensor]:
-        """The counts of all ranks, as :func:`recluster` takes them; collective where there is a process group.
-
-        Args:
-            process_group: of the ranks, one whose backend sums tensors of the CPU; ``None`` for this rank's counts.
-
-        Returns:
-            float64 [num_embeddings] by table; 1 for every id of a table of which none was seen.
-        """
-        weights = {}
-        for config in self._configs:
-            counts_V = self._grown(config).clone()
-            if process_group is not None:
-                dist.all_reduce(counts_V, group=process_group)
-            weights[config.name] = (counts_V if counts_V.any() else torch.ones_like(counts_V)).double()
-        return weights
+def _most_seen(name: str, row_map: AssignedRowMap, counted: IdCounts, collectives: Collectives) -> Tensor:
+    """By the counts of all ranks, each of which looks through a block of the ids."""
+    block = Block.of_rank(row_map.num_embeddings, 1, torch.device("cpu"), collectives)
+    ids_U, counts_U1 = gather_block(counted.by_table[name].sums(), block, collectives).sums()
+    if int(collectives.all_reduce_sum(torch.tensor(len(ids_U)))) == 0:
+        raise ValueError(
+            f"Table {name!r} stores assignments of the {len(row_map.assignments)} ids seen most often, but none of its ids "
+            f"was seen yet (in training mode, with gradients): train first, or pass id_weights={{{name!r}: ...}}."
+        )
+    best = row_map.choose(counts_U1[:, 0])  # of this block; more of them than there are slots is never needed
+    ids_N, counts_N1 = (collectives.all_gather_rows(found[best]) for found in (ids_U, counts_U1))
+    return ids_N[row_map.choose(counts_N1[:, 0])]

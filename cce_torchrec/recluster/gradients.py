@@ -12,7 +12,6 @@ Shapes: N ids of a batch, U ids with gradients, D dims, W = D + 1.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +19,14 @@ from torch import Tensor, nn
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.config import method_of
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
-from cce_torchrec.id_gradients import MAX_BYTES, IdGradients, SumsById
+from cce_torchrec.id_gradients import MAX_BYTES, IdGradients
 from cce_torchrec.lowering import Table
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
-from cce_torchrec.recluster.vocabulary import Block
+from cce_torchrec.recluster.vocabulary import Block, gather_block
+from cce_torchrec.sums_by_id import SumsById
 
 Collection = CompressedEmbeddingBagCollection | ShardedCompressedEmbeddingBagCollection
-
-_FILE = "id_gradients"  # of a checkpoint, and the number of the rank
 
 
 class IdSteps:
@@ -62,16 +60,7 @@ def gather_sums(recorded: SumsById | None, block: Block, collectives: Collective
     """
     if recorded is None:
         return None
-    mine = SumsById(recorded.sums()[1].shape[1])
-    starts = collectives.all_gather_rows(torch.tensor([[block.start, block.stop]]))
-    ids_U, sums_UW = recorded.sums()
-    for rank, (start, stop) in enumerate(starts.tolist()):  # a block at a time, so that no rank holds those of all ids
-        inside_U = (ids_U >= start) & (ids_U < stop)
-        ids_N = collectives.all_gather_rows(ids_U[inside_U])
-        rows_NW = collectives.all_gather_rows(sums_UW[inside_U])
-        if rank == collectives.rank:
-            mine.add(ids_N, rows_NW)
-    return mine
+    return gather_block(recorded, block, collectives)
 
 
 def steps_from(
@@ -153,35 +142,3 @@ def collections_to_recluster(module: nn.Module) -> list[Collection]:
     """Those with tables to re-cluster."""
     found = (collection for collection in module.modules() if isinstance(collection, Collection))
     return [collection for collection in found if any(True for _ in reclusterable_tables(collection))]
-
-
-def save_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) -> None:
-    """Write what this rank has recorded, a file a rank; none where nothing is being recorded."""
-    for file in folder.glob(f"{_FILE}_*.pt"):  # of an earlier save, perhaps by more ranks
-        if _rank_of(file) % world_size == rank:
-            file.unlink()
-    recorded = {
-        f"{index}.{table}": sums.sums()
-        for index, collection in enumerate(collections_to_recluster(module))
-        if collection.id_gradients is not None
-        for table, sums in collection.id_gradients.by_table.items()
-    }
-    if recorded:
-        torch.save(recorded, folder / f"{_FILE}_{rank}.pt")
-
-
-def load_gradients(folder: Path, module: nn.Module, rank: int, world_size: int) -> None:
-    """Go on recording where :func:`save_gradients` was; the files are shared out to however many ranks there are now."""
-    files = sorted(folder.glob(f"{_FILE}_*.pt"), key=_rank_of)
-    record_gradients(module, on=bool(files))  # with the limits that there were, where it was on
-    for index, collection in enumerate(collections_to_recluster(module) if files else []):
-        assert collection.id_gradients is not None
-        collection.id_gradients.clear()
-        for file in files[rank::world_size]:
-            recorded = torch.load(file, map_location="cpu")
-            for table, sums in collection.id_gradients.by_table.items():
-                sums.add(*recorded[f"{index}.{table}"])
-
-
-def _rank_of(file: Path) -> int:
-    return int(file.stem.rpartition("_")[2])

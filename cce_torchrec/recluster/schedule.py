@@ -1,7 +1,7 @@
 """When to re-cluster: a few times, evenly, and not towards the end."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -96,7 +96,7 @@ class ReclusterSchedule:
         *,
         optimizer: Optimizer | None = None,
         process_group: Any = None,
-        id_weights: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] | None = None,
+        id_weights: Mapping[str, Tensor] | None = None,
     ) -> ReclusterReport | None:
         """Re-cluster if it is due; collective where ``module`` is sharded.
 
@@ -105,8 +105,7 @@ class ReclusterSchedule:
             module: as for :func:`recluster`.
             optimizer: as for :func:`recluster`.
             process_group: as for :func:`recluster`.
-            id_weights: as for :func:`recluster`, or what returns them, such as ``IdCounter.id_weights``; called where it is
-                due, on all ranks.
+            id_weights: as for :func:`recluster`.
 
         Returns:
             The report, or ``None`` where nothing was due.
@@ -119,7 +118,7 @@ class ReclusterSchedule:
                 config=self.config,
                 process_group=process_group,
                 optimizer=optimizer,
-                id_weights=id_weights() if callable(id_weights) else id_weights,
+                id_weights=id_weights,
             )
             logger.info("Re-clustered after step %d of %s:\n%s", completed_steps, self.total_steps or "?", report)
         record_gradients(module, on=self.records(completed_steps))

@@ -13,17 +13,19 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
-from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table
 from cce_torchrec.methods import METHODS
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives, ProcessGroupCollectives
 from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport, TableReport
+from cce_torchrec.recluster.counts import choose_ids
 from cce_torchrec.recluster.gradients import Collection, reclusterable_tables
 from cce_torchrec.recluster.stores import Store
 from cce_torchrec.recluster.table import NewTable, TableState, recluster_table
+from cce_torchrec.recluster.vocabulary import check_weights
 from cce_torchrec.recluster.windows import NewWindows, WindowsState, recluster_windows
+from cce_torchrec.sums_by_id import SumsById
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +56,15 @@ def recluster(
             collection always uses its own.
         optimizer: what trains the tables that no fused kernel trains (data-parallel ones, unsharded ones), so that its
             state of rewritten rows is reset or carried too.
-        id_weights: how much each id matters, [num_embeddings] by logical table, such as its frequency; 1 where missing.
+        id_weights: how much each id matters, [num_embeddings] by logical table, such as its frequency; 1 where missing. Where
+            only some ids have stored assignments, also which (else those seen most often in training).
 
     Returns:
-        How each table changed.
+        How each table changed; those of which no id is to have stored assignments yet do not.
 
     Raises:
-        ValueError: where there is nothing to re-cluster, weights are NaN, or ``id_weights`` do not fit.
+        ValueError: where there is nothing to re-cluster, weights are NaN, ``id_weights`` do not fit, or the ids seen most
+            often are to be chosen and none was seen.
         RuntimeError: where another rank failed.
 
     Example:
@@ -96,7 +100,10 @@ def recluster(
                     new = recluster_windows(windows, seed=seed, config=config, collectives=collectives)
                     new_windows.append((table, new))
                 else:
-                    state = _read(table, store, weights_V, recorded.get(table.name), config)
+                    chosen = choose_ids(table, weights_V, collection.id_counts, collectives)
+                    if chosen is not None and len(chosen) == 0:
+                        continue
+                    state = _read(table, store, weights_V, chosen, recorded.get(table.name), config)
                     new = recluster_table(state, seed=seed, config=config, collectives=collectives)
                     new_tables.append((table, new))
                 reports.append(_report(table, new, time.perf_counter() - started))
@@ -140,16 +147,7 @@ def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping
     for name, weights_V in id_weights.items():
         if name not in tables:
             raise ValueError(f"id_weights has {name!r}, which is not a table to re-cluster; those are {list(tables)}.")
-        expected = tables[name].config.num_embeddings
-        usable_V = (weights_V >= 0) & weights_V.isfinite()
-        if weights_V.shape != (expected,) or not bool(usable_V.all()) or not bool((weights_V > 0).any()):
-            low, high = (
-                (weights_V.min().item(), weights_V.max().item()) if weights_V.numel() else ("nothing", "nothing")
-            )
-            raise ValueError(
-                f"id_weights[{name!r}] must be [{expected}] finite numbers >= 0, not all 0; it is {tuple(weights_V.shape)} "
-                f"with a minimum of {low} and a maximum of {high}."
-            )
+        check_weights(name, weights_V, tables[name].config.num_embeddings)
 
 
 def _collectives(collection: Collection, process_group: Any) -> Collectives:
@@ -172,7 +170,12 @@ def _recorded(collection: Collection, collectives: Collectives) -> dict[str, Sum
 
 
 def _read(
-    table: LoweredTable, store: Store, weights_V: Tensor | None, gradients: SumsById | None, config: ReclusterConfig
+    table: LoweredTable,
+    store: Store,
+    weights_V: Tensor | None,
+    chosen_ids: Tensor | None,
+    gradients: SumsById | None,
+    config: ReclusterConfig,
 ) -> TableState:
     assert isinstance(table.row_map, CCERowMap)
     codebooks = [store.read(name) for name in table.physical_names]
@@ -190,6 +193,7 @@ def _read(
         codebooks=codebooks,
         optimizer_state=states,
         weights_V=weights_V,
+        chosen_ids=chosen_ids,
         gradients=gradients,
     )
 

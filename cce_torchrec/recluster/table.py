@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, hash_rows
-from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.methods.assignments import find_sorted
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import Collectives
@@ -43,6 +42,7 @@ from cce_torchrec.recluster.vocabulary import (
     moved_sample,
     sample,
 )
+from cce_torchrec.sums_by_id import SumsById
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,7 @@ class TableState:
         codebooks: float32 of each column: main rows, then helper rows; or those of the other table.
         optimizer_state: S numbers a row of each column, float32; S may be 0, and is for another table.
         weights_V: importance of each id, or ``None`` for 1.
+        chosen_ids: those that are to have stored assignments, in rising order; ``None`` for all.
         gradients: recorded on this rank, or ``None`` for no step.
     """
 
@@ -66,6 +67,7 @@ class TableState:
     codebooks: list[Tensor]
     optimizer_state: list[Tensor]
     weights_V: Tensor | None
+    chosen_ids: Tensor | None = None
     gradients: SumsById | None = None
 
 
@@ -94,8 +96,7 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     """
     for column, codebook in enumerate(state.codebooks):
         check_finite(state.name, f"column {column}", codebook, codebook.shape[1])
-    row_map, device = state.row_map, state.codebooks[0].device
-    chosen = row_map.choose_ids(state.weights_V)
+    row_map, device, chosen = state.row_map, state.codebooks[0].device, state.chosen_ids
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, device, collectives, chosen)
     recorded = gather_sums(state.gradients, block.span(row_map.num_embeddings), collectives)
     hot_H = _choose_hot_ids(state, recorded, chosen, collectives)
@@ -132,11 +133,15 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
 def _choose_hot_ids(
     state: TableState, recorded: SumsById | None, chosen: Tensor | None, collectives: Collectives
 ) -> Tensor:
-    """Those of the largest weights; where none were given, those on which the loss depends most, as far as was recorded."""
+    """Those of the largest weights; where none were given, those on which the loss depends most, as far as was recorded.
+
+    Only ids with stored assignments: a row of its own is one.
+    """
     number = state.row_map.storage.num_hot_ids
     if number == 0 or state.weights_V is not None or recorded is None:
-        return state.row_map.choose_hot_ids(state.weights_V)
-    found_H = most_sensitive_ids(recorded, number, collectives).to(state.codebooks[0].device)
+        found_H = state.row_map.choose_hot_ids(state.weights_V)
+    else:
+        found_H = most_sensitive_ids(recorded, number, collectives).to(state.codebooks[0].device)
     return found_H if chosen is None else found_H[find_sorted(chosen, found_H)[1]]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cce_torchrec.hashing import mix64
 from cce_torchrec.recluster.collectives import Collectives
+from cce_torchrec.sums_by_id import SumsById
 
 MOVED_SAMPLE = 65_536
 
@@ -53,6 +54,17 @@ class Block:
         return places_N if self.ids is None else self.ids[places_N]
 
 
+def check_weights(name: str, weights_V: Tensor, num_ids: int) -> None:
+    """Raise a ``ValueError`` where these cannot be the weights of all ids of the table ``name``."""
+    usable_V = (weights_V >= 0) & weights_V.isfinite()
+    if weights_V.shape != (num_ids,) or not bool(usable_V.all()) or not bool((weights_V > 0).any()):
+        low, high = (weights_V.min().item(), weights_V.max().item()) if weights_V.numel() else ("nothing", "nothing")
+        raise ValueError(
+            f"id_weights[{name!r}] must be [{num_ids}] finite numbers >= 0, not all 0; it is {tuple(weights_V.shape)} "
+            f"with a minimum of {low} and a maximum of {high}."
+        )
+
+
 def id_weights(weights_V: Tensor | None, ids_N: Tensor) -> Tensor:
     """How much some ids matter: float64 [N]."""
     if weights_V is None:
@@ -82,6 +94,20 @@ def sample(
         ids.append(ids_N[taken_N])
         weights.append((weights_N / chance_N)[taken_N])
     return torch.cat(ids), torch.cat(weights)
+
+
+def gather_block(recorded: SumsById, block: Block, collectives: Collectives) -> SumsById:
+    """What all ranks have recorded of the ids of this rank's block; collective."""
+    mine = recorded.empty_copy()
+    starts = collectives.all_gather_rows(torch.tensor([[block.start, block.stop]]))
+    ids_U, sums_UW = recorded.sums()
+    for rank, (start, stop) in enumerate(starts.tolist()):  # a block at a time, so that no rank holds those of all ids
+        inside_U = (ids_U >= start) & (ids_U < stop)
+        ids_N = collectives.all_gather_rows(ids_U[inside_U])
+        rows_NW = collectives.all_gather_rows(sums_UW[inside_U])
+        if rank == collectives.rank:
+            mine.add(ids_N, rows_NW)
+    return mine
 
 
 def gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:

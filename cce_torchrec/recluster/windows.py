@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cce_torchrec.hashing import derive_seed, hash_rows
-from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.methods.flat_memory import read_windows
 from cce_torchrec.recluster.collectives import Collectives
@@ -36,6 +35,7 @@ from cce_torchrec.recluster.vocabulary import (
     moved_sample,
     sample,
 )
+from cce_torchrec.sums_by_id import SumsById
 
 _WINDOWS_AT_ONCE = 1 << 16
 

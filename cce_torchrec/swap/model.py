@@ -1,9 +1,9 @@
 """Swapping compressed collections into an existing model."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from cce_torchrec.collection import CompressedEmbeddingBagCollection
@@ -22,6 +22,7 @@ def compress(
     from_trained: bool = False,
     seed: int = 0,
     config: ReclusterConfig | None = None,
+    id_weights: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Replace the ``EmbeddingBagCollection``s inside a model by compressed ones; tables that no rule names stay full.
 
@@ -40,13 +41,16 @@ def compress(
             the nearest of them, :class:`CCE` the mean residuals besides, :class:`ResidualCCE` level by level.
         seed: of that clustering; pass the same one on every rank.
         config: of that clustering; the defaults where ``None``.
+        id_weights: how much each id matters in it, [num_embeddings] by table, such as its frequency; 1 where missing. Needed
+            where only some ids are to have stored assignments: those of the largest weights get them.
 
     Returns:
         The model (a new collection where ``model`` itself was one).
 
     Raises:
         ValueError: where a named table does not exist, nothing matches, or a budget cannot be met (naming the table); with
-            ``from_trained``, where a method has no assignments to learn, a table is not full, or its weights are not finite.
+            ``from_trained``, where a method has no assignments to learn, a table is not full, its weights are not finite, or
+            ``id_weights`` are missing or do not fit.
 
     Example:
         >>> from torchrec import EmbeddingBagCollection, EmbeddingBagConfig
@@ -57,13 +61,16 @@ def compress(
         'CompressedEmbeddingBagCollection'
     """
     rules = _checked(rules)
-    if config is not None and not from_trained:
-        raise ValueError(
-            "config is for tables that are fitted to trained ones: pass from_trained=True, or leave it out."
-        )
-    fit = Fit(seed, config or ReclusterConfig()) if from_trained else None
+    for name, given in (("config", config), ("id_weights", id_weights)):
+        if given is not None and not from_trained:
+            raise ValueError(
+                f"{name} is for tables that are fitted to trained ones: pass from_trained=True, or leave it out."
+            )
+    fit = Fit(seed, config or ReclusterConfig(), id_weights or {}) if from_trained else None
     found = list(_collections(model, also_compressed=from_trained))
-    _check_names(rules, found)
+    if isinstance(rules, Mapping | CompressionPlan):
+        _check_names(rules if isinstance(rules, Mapping) else rules.methods, found)
+    _check_names(id_weights or {}, found)
     replacements = {}  # by identity: a collection may stand at several places
     for _, collection in found:
         if id(collection) not in replacements:
@@ -84,14 +91,12 @@ def _table_names(found: Sequence[tuple[str, Collection]]) -> list[str]:
     return [config.name for _, collection in found for config in collection.embedding_bag_configs()]
 
 
-def _check_names(rules: Rules, found: Sequence[tuple[str, Collection]]) -> None:
+def _check_names(names: Iterable[str], found: Sequence[tuple[str, Collection]]) -> None:
     """Whether every table that is named is there."""
-    if isinstance(rules, Mapping | CompressionPlan):
-        methods = rules if isinstance(rules, Mapping) else rules.methods
-        tables = _table_names(found)
-        unknown = [name for name in methods if name not in tables]
-        if unknown:
-            raise ValueError(f"There is no table {unknown}; the model's tables are {tables}.")
+    tables = _table_names(found)
+    unknown = [name for name in names if name not in tables]
+    if unknown:
+        raise ValueError(f"There is no table {unknown}; the model's tables are {tables}.")
 
 
 def _put_in_place(model: nn.Module, name: str, replacement: CompressedEmbeddingBagCollection) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import nn
 
 from cce_torchrec import recluster, record_gradients
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
-from cce_torchrec.recluster.gradients import save_gradients
+from cce_torchrec.recluster.recorded import save_recorded
 from tests.distributed.harness import RankPool
 from tests.distributed.models import ON_2, Model, batch
 from tests.distributed.reference import loss_of, whole_state
@@ -75,7 +75,7 @@ def test_2_ranks_steer_as_one_process(ranks2: RankPool, places: str) -> None:
         assert_same_clustering(*result, model, reports)
 
 
-def save_recorded(rank: int, world_size: int, state: State, folder: str) -> None:
+def save_after_recording(rank: int, world_size: int, state: State, folder: str) -> None:
     dmp = build(rank, world_size, "mixed", state)
     record_gradients(dmp)
     record(dmp, rank)
@@ -93,7 +93,7 @@ def load_and_recluster(rank: int, world_size: int, state: State, folder: str) ->
 def test_recorded_gradients_come_back_from_a_checkpoint(ranks2: RankPool, tmp_path: Path) -> None:
     state = start()
     model, reports = expected(state)
-    ranks2.run(save_recorded, state, str(tmp_path))
+    ranks2.run(save_after_recording, state, str(tmp_path))
     assert len(list(tmp_path.glob("id_gradients_*.pt"))) == 2
     for result in ranks2.run(load_and_recluster, state, str(tmp_path)):
         assert_same_clustering(*result, model, reports)
@@ -102,7 +102,7 @@ def test_recorded_gradients_come_back_from_a_checkpoint(ranks2: RankPool, tmp_pa
     report = recluster(alone, seed=1, config=CONFIG)
     assert_same_clustering(alone.state_dict(), rows_of(report), model, reports)
     record_gradients(alone, on=False)
-    save_gradients(tmp_path, alone, rank=0, world_size=1)  # fewer ranks, and nothing to save
+    save_recorded(tmp_path, alone, rank=0, world_size=1)  # fewer ranks, and nothing to save
     assert not list(tmp_path.glob("id_gradients_*.pt"))
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torchrec import EmbeddingBagConfig, KeyedJaggedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -16,7 +15,6 @@ from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, recluste
 from cce_torchrec.checkpoint import load_checkpoint, save_checkpoint
 from cce_torchrec.methods import CCE, CE, ResidualCCE
 from cce_torchrec.methods.base import RowMethod
-from cce_torchrec.recluster import IdCounter
 from tests.distributed.harness import RankError, RankPool
 from tests.distributed.models import (
     DATA_PARALLEL,
@@ -227,7 +225,7 @@ def check_checkpoints(rank: int, world_size: int, folder: Path) -> None:
         return shard(Model(tables(sizes)), placed(kind))
 
     def grow(dmp: DistributedModelParallel) -> None:
-        for name in ("packed", "warm", "both", "residual", "ce"):
+        for name in ("packed", "warm", "both", "residual", "hot", "ce"):
             dmp.module.collection.grow(name, GROWN[name])
 
     first = sharded("table_wise")
@@ -253,18 +251,3 @@ def check_checkpoints(rank: int, world_size: int, folder: Path) -> None:
 
 def test_checkpoints_from_before_and_after_growth(ranks2: RankPool, tmp_path: Path) -> None:
     ranks2.run(check_checkpoints, tmp_path)
-
-
-def check_counts(rank: int, world_size: int) -> None:
-    """Each rank counts its own ids; the weights are those of all."""
-    counter = IdCounter(shard(Model(tables()), placed("table_wise")))
-    batches = [batch(seed, SIZES, 20) for seed in range(world_size)]
-    counter.add(batches[rank])
-    weights = counter.id_weights(dist.group.WORLD)
-    for name in ("packed", "warm", "both", "residual"):
-        ids = torch.cat([features[f"f_{name}"].values() for features in batches]).tolist()
-        assert weights[name].tolist() == [ids.count(v) for v in range(SIZES[name])]
-
-
-def test_ids_are_counted_on_all_ranks(ranks2: RankPool) -> None:
-    ranks2.run(check_counts)

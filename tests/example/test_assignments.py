@@ -65,7 +65,7 @@ def test_counts_of_every_method_that_learns(monkeypatch: pytest.MonkeyPatch) -> 
             assert found[name] == by_hand(as_looked_up(row_maps[name]), 7)
         assert found["robe"] == by_hand(robe.offsets, len(robe.memory))
         assert found.keys() == methods.keys() - {"ce"}
-        recluster(collection, seed=1)
+        recluster(collection, seed=1, id_weights={name: torch.ones(200) for name in ("warm", "warm and packed")})
 
 
 def test_entropy() -> None:

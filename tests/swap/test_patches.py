@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -178,6 +179,27 @@ def test_the_same_training_as_by_hand(capsys: pytest.CaptureFixture[str]) -> Non
     without = train(Model(CompressedEmbeddingBagCollection(tables=tables)), by_hand, lambda *_, **__: None)
     assert without[4:] != expected[4:]
     assert [f"re-clustered after step {step}:" in printed for step in range(1, 8)] == [False, True] * 3 + [False]
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_ids_are_counted_where_methods_ask_for_it() -> None:
+    """Those of the training passes before a re-clustering, none of evaluation."""
+    options = {"num_rows": 8, "num_columns": 2, "num_assigned_ids": 20, "min_id_count": 2}
+    rule = CompressionRule(method="cce", min_num_embeddings=100, options=options)
+    warm_ids, counts = [], Counter()
+
+    def after_step(step: int, dmp: nn.Module, **_: object) -> None:
+        warm = dmp.module.collection.lowered_tables[0].row_map.warm_ids
+        warm_ids.append(warm[warm >= 0].tolist())
+
+    with swapped(SwapConfig(rules=(rule,), schedule=SCHEDULE)):
+        model = Model(EmbeddingBagCollection(tables=TABLES))
+        train(model, lambda model: DistributedModelParallel(model, device=CPU), after_step)
+    for step in range(7):
+        before = sorted((v for v in counts if counts[v] >= 2), key=lambda v: (-counts[v], v))
+        if step in (2, 4, 6):
+            assert warm_ids[step] == sorted(before[:20]) != warm_ids[step - 1]
+        counts.update(v for half in range(2) for v in batch(2 * step + half)["f"].values().tolist())
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -180,7 +180,6 @@ WEIGHTS = {
     "ties": (1.0 + (torch.arange(V) % 10 == 0), sorted([*range(0, V, 10), *range(1, 10), 11])),
     "few seen": ((torch.arange(V) % 50 == 7).double(), list(range(7, V, 50))),
     "all alike": (torch.ones(V), list(range(40))),
-    "none given": (None, list(range(40))),
 }
 
 
@@ -188,7 +187,7 @@ WEIGHTS = {
 def test_the_ids_of_the_largest_weights_become_warm(name: str) -> None:
     weights, expected = WEIGHTS[name]
     collection = build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=40)))
-    recluster(collection, seed=0, id_weights={} if weights is None else {"t": weights})
+    recluster(collection, seed=0, id_weights={"t": weights})
     assert warm_ids(collection) == expected
 
 

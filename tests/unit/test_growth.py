@@ -144,7 +144,7 @@ def test_a_grown_table_is_clustered_whole() -> None:
 
 def test_ids_that_appear_may_become_warm() -> None:
     collection = build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=40)))
-    recluster(collection, seed=0)
+    recluster(collection, seed=0, id_weights={"t": torch.ones(V)})
     collection.grow("t", GROWN)
     weights = torch.zeros(GROWN)
     weights[V + 5 : V + 9] = 1

@@ -19,9 +19,9 @@ from cce_torchrec import (
     recluster,
     record_gradients,
 )
-from cce_torchrec.id_gradients import SumsById
 from cce_torchrec.recluster.collectives import LocalCollectives
 from cce_torchrec.recluster.gradients import most_sensitive_ids, steps_from
+from cce_torchrec.sums_by_id import SumsById
 from tests.unit.cce_tables import Snapshot, build, cce_table
 from tests.unit.oracles import make_kjt
 

@@ -4,11 +4,9 @@ import logging
 
 import pytest
 import torch
-from torchrec import KeyedJaggedTensor
 
-from cce_torchrec import CCE, ReclusterConfig, ReclusterSchedule, recluster
-from cce_torchrec.recluster import IdCounter
-from tests.unit.cce_tables import Snapshot, assert_same_state, build, cce_table, state_copy
+from cce_torchrec import ReclusterConfig, ReclusterSchedule, recluster
+from tests.unit.cce_tables import Snapshot, assert_same_state, build, state_copy
 
 V = 300
 
@@ -102,24 +100,3 @@ def test_recluster_uses_the_default_config_where_none_is_given() -> None:
     recluster(first, seed=0)
     recluster(second, seed=0, config=ReclusterConfig())
     assert_same_state(first, second.state_dict())
-
-
-def test_weights_are_asked_for_when_it_is_due() -> None:
-    """They are the counts of the ids that were seen, those of a table that has grown since too."""
-    collection, plain = (build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=5))) for _ in "ab")
-    counter, schedule = IdCounter(collection), ReclusterSchedule(total_steps=10, count=2)
-    counter.add(KeyedJaggedTensor(["f_t"], torch.tensor([7, 9, 7, V, -1]), lengths=torch.tensor([2, 3])))
-    for both in (collection, plain):
-        both.grow("t", V + 2)
-    counter.add(KeyedJaggedTensor(["f_t"], torch.tensor([V, V + 1, 7]), lengths=torch.tensor([3])))
-    expected = torch.zeros(V + 2, dtype=torch.float64)
-    expected[[7, 9, V, V + 1]] = torch.tensor([3.0, 1.0, 1.0, 1.0], dtype=torch.float64)
-    assert torch.equal(counter.id_weights()["t"], expected)
-    assert schedule.step(3, collection, id_weights=lambda: pytest.fail("it is not due")) is None
-    schedule.step(4, collection, id_weights=counter.id_weights)
-    recluster(plain, seed=4, id_weights={"t": expected})
-    assert_same_state(collection, plain.state_dict())
-
-
-def test_of_ids_that_were_not_seen_none_weighs_more() -> None:
-    assert torch.equal(IdCounter(build(cce_table(V))).id_weights()["t"], torch.ones(V, dtype=torch.float64))
