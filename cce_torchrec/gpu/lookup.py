@@ -37,11 +37,12 @@ _Given = tuple[Tensor, Tensor, Tensor | None]  # ids, offsets, sample weights
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the compiler knows of a job: dims and rows of its column, the type of its assignments, and how vectors lie."""
+    """What the compiler knows of a job: dims and rows of its column, the assignments' type, and how vectors lie."""
 
     dim: int
     num_stored: int
     num_hashes: int
+    has_hot: bool
     dtype: torch.dtype | None
     aligned: int  # numbers of which any place of a vector is a multiple; 4 are moved at once
 
@@ -52,6 +53,7 @@ class _Kind:
             "ROWS": max(self.num_stored + self.num_hashes, 1),
             "STORED": self.num_stored,
             "HASHES": self.num_hashes,
+            "HOT": self.has_hot,
             "WORD": tl.int32 if self.dtype is None else _WORDS[self.dtype],
             "BLOCK_B": min(max(TILE // block, 1), MOST_BAGS),
             "BLOCK_D": block,
@@ -106,14 +108,14 @@ class TritonLookup:
         return out
 
     def _refreshed(self) -> _Jobs | None:
-        """Where everything is now; ``None`` where a table has no source, or hot ids."""
+        """Where everything is now; ``None`` where a table has no source."""
         sources = [table.row_map.source() for table in self._tables]
-        known = [source for source in sources if source is not None and source.hot_from is None]
+        known = [source for source in sources if source is not None]
         if len(known) < len(sources):
             return None
         made_of = (
             self.store.addresses(),
-            [(_address(source.assignments), _address(source.coefficients), source.num_ids) for source in known],
+            [(_address(s.assignments), _address(s.coefficients), s.num_ids, s.hot_from) for s in known],
         )
         if self._cached is None or self._cached.made_of != made_of:
             self._cached = _jobs(self._tables, known, self.store.weights(), self.width, made_of)
@@ -136,8 +138,9 @@ def _jobs(
             dim, address = weight.shape[1], _address(weight)
             for feature, out in enumerate(piece.outs, start=table.first_feature):
                 aligned = 4 if address % 16 == 0 and not any(n % 4 for n in (dim, out, start, width)) else 1
-                kind = _Kind(dim, source.num_stored, source.num_hashes, dtype, aligned)
-                job = [address, *_rows_of(source, piece.column), feature, out, start]
+                has_hot = source.hot_from is not None
+                kind = _Kind(dim, source.num_stored, source.num_hashes, has_hot, dtype, aligned)
+                job = [address, *_rows_of(source, piece.column), feature, out, start, source.hot_from or 0]
                 words.setdefault(kind, []).append(job)
     pointed = tuple(t for source in sources for t in (source.assignments, source.coefficients) if t is not None)
     return _Jobs(

@@ -10,7 +10,7 @@ Names: B bags, D dims of a row; the words of a job are numbered below.
 import triton
 import triton.language as tl
 
-JOB_WORDS = 14
+JOB_WORDS = 15
 WEIGHTS = tl.constexpr(0)  # address of float32 [rows, D]
 ASSIGNMENTS = tl.constexpr(1)  # address of [ids, width] of the type WORD
 COEFFICIENTS = tl.constexpr(2)  # address of 64-bit words
@@ -25,6 +25,7 @@ HASHED_FROM = tl.constexpr(10)
 FEATURE = tl.constexpr(11)
 FIRST_OUT = tl.constexpr(12)  # in a row of the output
 START = tl.constexpr(13)  # of the column, in the gradient of all weights
+HOT_FROM = tl.constexpr(14)  # read where HOT
 
 
 @triton.jit
@@ -46,14 +47,22 @@ def hashed(job, ids_B, h: tl.constexpr):
 
 
 @triton.jit
-def row(job, ids_B, r: tl.constexpr, STORED: tl.constexpr, HASHES: tl.constexpr, WORD: tl.constexpr):
-    """The r-th row of each id in a column: stored ones, then hashed ones; with neither, its own number."""
+def assigned(job, ids_B, r: tl.constexpr, WORD: tl.constexpr):
+    """The r-th assignment of each id in a column."""
+    words = tl.load(job + ASSIGNMENTS).to(tl.pointer_type(WORD)) + tl.load(job + FIRST_WORD) + r
+    return tl.load(words + (ids_B - tl.load(job + FIRST_ID)) * tl.load(job + WIDTH)).to(tl.int64)
+
+
+@triton.jit
+def row(job, ids_B, r: tl.constexpr, STORED: tl.constexpr, HASHES: tl.constexpr, HOT: tl.constexpr, WORD: tl.constexpr):
+    """The r-th row of each id in a column: stored ones, then hashed ones, or the stored one again; or its own number."""
     if r < STORED:
-        words = tl.load(job + ASSIGNMENTS).to(tl.pointer_type(WORD)) + tl.load(job + FIRST_WORD) + r
-        words_B = tl.load(words + (ids_B - tl.load(job + FIRST_ID)) * tl.load(job + WIDTH))
-        rows_B = words_B.to(tl.int64) + r * tl.load(job + LEVEL_ROWS)
+        rows_B = assigned(job, ids_B, r, WORD) + r * tl.load(job + LEVEL_ROWS)
     elif HASHES > 0:
         rows_B = hashed(job, ids_B, r - STORED)
+        if HOT:
+            stored_B = assigned(job, ids_B, 0, WORD)
+            rows_B = tl.where(stored_B >= tl.load(job + HOT_FROM), stored_B, rows_B)
     else:
         rows_B = ids_B
     return rows_B
@@ -102,6 +111,7 @@ def lookup_kernel(
     ROWS: tl.constexpr,
     STORED: tl.constexpr,
     HASHES: tl.constexpr,
+    HOT: tl.constexpr,
     WORD: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ALIGNED: tl.constexpr,  # all places of vectors are multiples of it
@@ -123,7 +133,7 @@ def lookup_kernel(
         outside_B |= bad_B
         live_BD = live_B[:, None] & (dims_D < DIM)[None, :]
         for r in tl.static_range(ROWS):
-            rows_B = row(job, ids_B, r, STORED, HASHES, WORD)
+            rows_B = row(job, ids_B, r, STORED, HASHES, HOT, WORD)
             vectors_BD = tl.load(weights_D[None, :] + rows_B[:, None] * DIM, mask=live_BD, other=0.0)
             if WEIGHTED:
                 vectors_BD *= tl.load(sample_weights + at_B, mask=live_B, other=0.0)[:, None]
@@ -149,6 +159,7 @@ def lookup_backward_kernel(
     ROWS: tl.constexpr,
     STORED: tl.constexpr,
     HASHES: tl.constexpr,
+    HOT: tl.constexpr,
     WORD: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -172,5 +183,5 @@ def lookup_backward_kernel(
         if WEIGHTED:
             weighted_BD = vectors_BD * tl.load(sample_weights + at_B, mask=live_B, other=0.0)[:, None]
         for r in tl.static_range(ROWS):
-            rows_B = row(job, ids_B, r, STORED, HASHES, WORD)
+            rows_B = row(job, ids_B, r, STORED, HASHES, HOT, WORD)
             tl.atomic_add(sums_D[None, :] + rows_B[:, None] * DIM, weighted_BD, mask=live_BD, sem="relaxed")

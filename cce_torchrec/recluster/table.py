@@ -192,6 +192,9 @@ def _fit_centroids(
     if len(hot_H):
         is_shared_N = ~find_sorted(hot_H, ids_N)[1]
         ids_N, weights_N = ids_N[is_shared_N], weights_N[is_shared_N]
+        if float(collectives.all_reduce_sum(weights_N.sum()[None])) == 0:  # all that matter are hot
+            shape = state.row_map.num_assigned, num_rows
+            return [codebook.new_zeros(*shape, codebook.shape[1]) for codebook in state.codebooks]
     centroids = []
     for column, codebook in enumerate(state.codebooks):
         batches = ids_N.split(config.decode_batch_size)

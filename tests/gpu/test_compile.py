@@ -44,14 +44,16 @@ def lookups(fields: tuple[Any, ...], is_weighted: bool, capability: int) -> list
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32], ids=str)
 def test_lookups_move_four_numbers_at_once(compiler: Run, dtype: torch.dtype, capability: int) -> None:
-    forward, backward = compiler(lookups, (16, 1, 1, dtype, 4), dtype == torch.uint8, capability)
+    forward, backward = compiler(lookups, (16, 1, 1, dtype == torch.int16, dtype, 4), dtype == torch.uint8, capability)
     assert "ld.global.v4.b32" in forward
     assert "st.global.v4.b32" in forward
     assert "ld.global.v4.b32" in backward
     assert ("add.v4.f32" in backward) == (capability == 90)
 
 
-@pytest.mark.parametrize("fields", [(5, 2, 1, torch.int16, 1), (4, 0, 3, None, 4), (12, 0, 0, None, 4)], ids=str)
+@pytest.mark.parametrize(
+    "fields", [(5, 2, 1, False, torch.int16, 1), (4, 0, 3, False, None, 4), (12, 0, 0, False, None, 4)], ids=str
+)
 def test_lookups_of_other_kinds(compiler: Run, fields: tuple[Any, ...]) -> None:
     assert all("global" in text for text in compiler(lookups, fields, True, 90))
 

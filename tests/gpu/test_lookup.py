@@ -38,6 +38,8 @@ METHODS: dict[str, tuple[RowMethod, int]] = {  # and the dims of a vector
     "cce, c=8, uint8, width 8": (CCE(num_rows=20, num_columns=8), 64),
     "cce, c=3, width 12": (CCE(num_rows=9, num_columns=3), 36),
     "cce, c=4, width 5": (CCE(num_rows=9, num_columns=4), 20),
+    "cce, c=4, uint8, hot ids": (CCE(num_rows=9, num_columns=4, num_hot_ids=40), 16),
+    "cce, c=2, int16, hot ids": (CCE(num_rows=250, num_columns=2, num_helper_rows=5, num_hot_ids=90), 24),
     "residual_cce, 4 levels": (ResidualCCE(num_rows=9, num_columns=4, num_levels=4), 32),
     "pq, no helper": (PQ(num_rows=9, num_columns=8), 64),
     "ce": (CE(num_rows=9, num_columns=4), 16),

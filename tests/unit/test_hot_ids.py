@@ -163,6 +163,24 @@ def test_centroids_are_those_of_the_others_alone() -> None:
     torch.testing.assert_close(collection.dense_weight("t"), before, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["cce", "warm", "residual"])
+@pytest.mark.parametrize("seen", [HOT, HOT // 2])
+def test_all_that_matter_are_hot(name: str, seen: int) -> None:
+    collection = build(cce_table(V, DIM, method=METHODS[name]))
+    before = collection.dense_weight("t")
+    report = recluster(collection, seed=0, id_weights={"t": (torch.arange(V) < seen).double()}).tables[0]
+    assert report.relative_squared_error < 1e-9
+    torch.testing.assert_close(collection.dense_weight("t")[:seen], before[:seen], rtol=1e-6, atol=1e-6)
+    assert bool(collection.dense_weight("t").isfinite().all())
+
+
+def test_more_hot_ids_than_ids() -> None:
+    collection = build(cce_table(10, DIM, method=METHODS["cce"]))
+    before = collection.dense_weight("t")
+    recluster(collection, seed=0)
+    torch.testing.assert_close(collection.dense_weight("t"), before, rtol=1e-6, atol=1e-6)
+
+
 def test_optimizer_state_goes_along() -> None:
     """A hot row has the mean state of the rows that its id had, which is the row's own where the id was hot before."""
     method = CCE(num_rows=12, num_columns=2, num_hot_ids=HOT)
