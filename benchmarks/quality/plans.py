@@ -14,7 +14,7 @@ BUDGETS = {
 }
 EPOCHS = {"ml-100k": 30, "gowalla": 6}
 FULL = "full"
-HOT_PART = 0.25  # as ``CCE.from_budget`` has it
+HOT_PART = 0.125  # as ``CCE.from_budget`` has it
 # Settings that are not those of ``Settings``, chosen on the split "tune".
 VARIANTS: dict[str, dict[str, Any]] = {
     "cce": {"hot_part": HOT_PART},

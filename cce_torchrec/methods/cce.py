@@ -22,6 +22,8 @@ from cce_torchrec.methods.base import (
 )
 from cce_torchrec.native.rows import write_assigned_rows
 
+_ROWS_A_HOT_ID = 8  # of a budget
+
 
 @dataclass(frozen=True, kw_only=True)
 class Codebooks:
@@ -258,13 +260,15 @@ class CCE(RowMethod):
     def _split_evenly(
         cls, num_assigned: int, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
-        """A quarter of the budget for hot ids, the rest shared out equally to the codebooks, as far as they are not fixed."""
+        """An eighth of the budget for hot ids, the rest shared out equally to the codebooks, as far as they are not fixed."""
         main_rows, helper_rows = overrides.get("num_rows"), overrides.get("num_helper_rows")
         hot_ids, most_ids = overrides.get("num_hot_ids"), overrides.get("num_assigned_ids") or num_embeddings
         smallest = num_assigned * (main_rows or 1) + (helper_rows or 1)
         rows = budget_rows(cls.key, num_params, embedding_dim, smallest + (hot_ids or 0))
         if hot_ids is None:
-            hot_ids = 0 if main_rows is not None else min(rows // 4, rows - smallest, most_ids, num_embeddings)
+            hot_ids = (
+                0 if main_rows is not None else min(rows // _ROWS_A_HOT_ID, rows - smallest, most_ids, num_embeddings)
+            )
         shared_rows = rows - hot_ids
         if main_rows is None:
             main_rows = (shared_rows - (helper_rows or shared_rows // (num_assigned + 1))) // num_assigned

@@ -108,11 +108,11 @@ def test_two_levels_cost_what_cce_costs() -> None:
 
 def test_a_budget_is_split_equally_over_the_levels() -> None:
     method = ResidualCCE.from_budget(1000, 16, 16 * 100)
-    assert (method.num_levels, method.num_rows, method.helper_rows, method.num_hot_ids) == (3, 25, 25, 25)
+    assert (method.num_levels, method.num_rows, method.helper_rows, method.num_hot_ids) == (3, 29, 30, 12)
     method = ResidualCCE.from_budget(1000, 16, 16 * 100, num_hot_ids=0)
     assert (method.num_rows, method.helper_rows) == (33, 34)
     assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4, num_hot_ids=0).num_rows == 25
-    assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4, num_helper_rows=12).num_rows == 21
+    assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4, num_helper_rows=13).num_rows == 25
 
 
 def reclustered(method: ResidualCCE, **options):
