@@ -22,7 +22,8 @@ from cce_torchrec.recluster.config import ReclusterConfig, ReclusterReport, Tabl
 from cce_torchrec.recluster.counts import choose_ids
 from cce_torchrec.recluster.gradients import Collection, reclusterable_tables
 from cce_torchrec.recluster.stores import Store
-from cce_torchrec.recluster.table import NewTable, TableState, recluster_table
+from cce_torchrec.recluster.table import recluster_table
+from cce_torchrec.recluster.table_state import NewTable, TableState
 from cce_torchrec.recluster.vocabulary import check_weights
 from cce_torchrec.recluster.windows import NewWindows, WindowsState, recluster_windows
 from cce_torchrec.sums_by_id import SumsById

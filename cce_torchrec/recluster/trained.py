@@ -12,7 +12,8 @@ from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster.collectives import LocalCollectives
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.counts import choose_ids
-from cce_torchrec.recluster.table import TableState, recluster_table
+from cce_torchrec.recluster.table import recluster_table
+from cce_torchrec.recluster.table_state import TableState
 from cce_torchrec.recluster.vocabulary import check_weights
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,8 @@ from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster import seeding
 from cce_torchrec.recluster.collectives import LocalCollectives, ProcessGroupCollectives
 from cce_torchrec.recluster.nearest import Tracker
-from cce_torchrec.recluster.table import TableState, recluster_table
+from cce_torchrec.recluster.table import recluster_table
+from cce_torchrec.recluster.table_state import TableState
 from cce_torchrec.simulate.work import ReclusterWork, recluster_work
 from tests.distributed.harness import RankPool
 

@@ -10,7 +10,8 @@ from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.native.build import find_compiler
 from cce_torchrec.planner.perf import sent
 from cce_torchrec.recluster.collectives import LocalCollectives
-from cce_torchrec.recluster.table import TableState, recluster_table
+from cce_torchrec.recluster.table import recluster_table
+from cce_torchrec.recluster.table_state import TableState
 from cce_torchrec.recluster.vocabulary import Block, moved_sample
 from cce_torchrec.simulate.work import recluster_work
 
