@@ -21,7 +21,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from cce_torchrec import CompressedEmbeddingBagConfig, ReclusterConfig, recluster
 from cce_torchrec.hashing import hash_rows
 from cce_torchrec.methods import CCE, ResidualCCE
-from cce_torchrec.recluster import table as table_module
+from cce_torchrec.recluster import table_sums as table_module
 from tests.distributed.harness import RankPool
 from tests.distributed.models import (
     DATA_PARALLEL,
@@ -314,8 +314,8 @@ def check_failure(rank: int, world_size: int, places: str, where: str, number: i
 
 
 FAILURES = [
-    ("cce_torchrec.recluster.table.assign_nearest", 3),  # in the first table
-    ("cce_torchrec.recluster.table.assign_nearest", 14),  # in the second one, when the first is done
+    ("cce_torchrec.recluster.table_sums.assign_nearest", 3),  # in the first table
+    ("cce_torchrec.recluster.table_sums.assign_nearest", 14),  # in the second one, when the first is done
     ("cce_torchrec.recluster.stores.assemble", 1),  # while codebooks are gathered
     ("cce_torchrec.recluster.stores.assemble", 6),
     ("cce_torchrec.recluster.kmeans._local_statistics", 2),
