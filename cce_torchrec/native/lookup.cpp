@@ -112,6 +112,13 @@ void pool_bags(const Shape& shape, Places<Shape>& places, const Piece* pieces, c
   }
 }
 
+// Brings a codebook into the cache where as many of its lines are looked up, by so many ids, as it has.
+template <typename Shape>
+void bring(const Shape& shape, const Piece& piece, int64_t ids) {
+  constexpr int64_t FLOATS = LINE / 4;
+  if (ids * shape.rows() * FLOATS >= piece.rows * std::min(piece.dim, FLOATS)) sweep(piece.weights, piece.rows * piece.dim);
+}
+
 // The pooled vectors of bags [first, end) of every feature of a table; `kept`: where its rows are written to, or null.
 template <typename Shape>
 void pool(const Table& table, const Piece* pieces, const Batch& batch, int64_t first, int64_t end, uint32_t* kept,
@@ -126,7 +133,7 @@ void pool(const Table& table, const Piece* pieces, const Batch& batch, int64_t f
     for (int64_t p = 0; p < shape.pieces(); ++p) {
       places.weights[p] = pieces[p].weights;
       places.outs[p] = batch.outs[pieces[p].first_out + f];
-      if (ends[end] - ends[first] >= pieces[p].rows) sweep(pieces[p].weights, pieces[p].rows * pieces[p].dim);
+      bring(shape, pieces[p], ends[end] - ends[first]);
     }
     for (int64_t start = first; start < end; start += BAGS) {
       const int64_t stop = std::min(start + BAGS, end), at = ends[start], n = ends[stop] - at;

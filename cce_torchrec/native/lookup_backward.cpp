@@ -89,8 +89,8 @@ void step(const Shape& shape, const Piece& piece, float* gradient, const Step& s
 }
 
 template <typename Shape>
-void backward(const Table& table, const Piece* pieces, int64_t count, const Batch& batch, const uint32_t* rows, const float* gradient,
-              const Step& settings) {
+void backward(const Table& table, const Piece* pieces, int64_t count, const Batch& batch, const uint32_t* rows,
+              const float* gradient, const Step& settings) {
   const Shape shape(table, count);
   static thread_local HugeBuffer buffer;  // 0 wherever no step is under way
   int64_t size = 0;
