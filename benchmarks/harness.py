@@ -7,6 +7,7 @@ The ceiling is memory: `copying` is one way more, and says what a byte takes tha
 """
 
 import argparse
+import ctypes
 import json
 import random
 import statistics
@@ -22,6 +23,8 @@ import torch.distributed as dist
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 Turn = TypeVar("Turn")
 
@@ -74,6 +77,17 @@ def _is_up(is_mine: bool) -> bool:
     votes = torch.tensor([int(is_mine)])
     dist.all_reduce(votes)
     return bool(votes)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc give nothing back to the system, of tensors up to 32 MiB.
+
+    Else it is chance which way's tensors are in new pages, which may take longer to come than all else a turn does.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def copying(clock: Callable[[], float] = time.process_time, num_bytes: int = 1 << 27) -> Callable[[], float]:

@@ -7,7 +7,7 @@
 A step is ids to rows, forward, backward and row-wise Adagrad in the backward; tables are table-wise with TorchRec's fused
 kernels, under ``DistributedModelParallel`` with one rank and one thread, whose processor time counts. Ids are uniform or
 Zipf. "In PyTorch" is the same without the native kernels: FBGEMM's lookups, ids to rows in PyTorch. The dense parameters of
-decode methods and projections have Adagrad after the backward.
+decode methods and projections have Adagrad after the backward. Pages of freed tensors stay with the process.
 """
 
 import argparse
@@ -22,7 +22,16 @@ from torch import Tensor
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.harness import Spread, add_options, copying, ratio, take_turns, times_ceiling, write_results
+from benchmarks.harness import (
+    Spread,
+    add_options,
+    copying,
+    keep_freed_memory,
+    ratio,
+    take_turns,
+    times_ceiling,
+    write_results,
+)
 from benchmarks.models import COMPRESSION, Sizes, Way, build, memory_bytes
 from benchmarks.ranks import free_port, rank_of
 from benchmarks.rewrite import Sizes as IdSizes
@@ -153,9 +162,9 @@ def page(sizes: Sizes, results: dict[str, dict[str, Any]], made_by: dict[str, An
 B={sizes.batch_size}, {sizes.num_tables} tables of one feature, one id a bag, D={sizes.dim}, V={sizes.num_embeddings:,}, CCE
 k={sizes.num_rows}; methods by their name are {COMPRESSION} times smaller than full tables. Processor time of one thread; at
 least {rounds} turns each, in an order that changed; ratios are between turns of the same round. A step is ids to rows,
-forward, backward and row-wise Adagrad; "forward" is a lookup alone. "In PyTorch" is without the native kernels. "MB" must
-move: ids, assignments, pooled vectors, and rows (each once) with their gradients and optimizer state; "x copy" is against
-copying as much in memory.
+forward, backward and row-wise Adagrad; "forward" is a lookup alone. Freed tensors' pages stay with the process, for all ways
+alike. "In PyTorch" is without the native kernels. "MB" must move: ids, assignments, pooled vectors, and rows (each once) with
+their gradients and optimizer state; "x copy" is against copying as much in memory.
 
 Made by: {facts}.
 
@@ -182,6 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.quick:
         sizes = replace(sizes, batch_size=512, num_tables=4, num_embeddings=5000, num_rows=128, rounds=3)
     made_by = provenance()
+    keep_freed_memory()
     results = {}
     with rank_of(0, 1, free_port()):
         for ids in ("Uniform", "Zipf"):

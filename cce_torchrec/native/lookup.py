@@ -10,127 +10,17 @@ Shapes: N ids, F features, B bags of each, W the dims of the output.
 """
 
 import ctypes
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cce_torchrec.methods.base import RowSource
 from cce_torchrec.native.build import library, usable
+from cce_torchrec.native.lookup_tables import Addresses, CBatch, CStep, LookupTable, Piece, address, addresses
 from cce_torchrec.native.stores import Store
 
-
-class _Piece(ctypes.Structure):
-    """As ``Piece`` of lookup.cpp."""
-
-    _fields_ = [
-        ("weights", ctypes.c_void_p),
-        ("momentum", ctypes.c_void_p),
-        ("start", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("dim", ctypes.c_int64),
-        ("column", ctypes.c_int64),
-        ("first_out", ctypes.c_int64),
-    ]
-
-
-class _Table(ctypes.Structure):
-    """As ``Table`` of lookup.cpp."""
-
-    _fields_ = [
-        ("assignments", ctypes.c_void_p),
-        ("coefficients", ctypes.c_void_p),
-        *[
-            (name, ctypes.c_int64)
-            for name in (
-                "bytes",
-                "first_id",
-                "num_ids",
-                "columns",
-                "stored",
-                "level_rows",
-                "hashes",
-                "hashed_rows",
-                "hashed_from",
-                "hot_from",
-                "first_feature",
-                "num_features",
-                "first_piece",
-                "num_pieces",
-            )
-        ],
-    ]
-
-
-class _Tables(ctypes.Structure):
-    """As ``Tables`` of lookup.cpp."""
-
-    _fields_ = [("tables", ctypes.c_void_p), ("pieces", ctypes.c_void_p), ("num_tables", ctypes.c_int64)]
-
-
-class _Batch(ctypes.Structure):
-    """As ``Batch`` of lookup.cpp."""
-
-    _fields_ = [
-        ("ids", ctypes.c_void_p),
-        ("offsets", ctypes.c_void_p),
-        ("sample_weights", ctypes.c_void_p),
-        ("outs", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-    ]
-
-
-class _Step(ctypes.Structure):
-    """As ``Step`` of lookup.cpp."""
-
-    _fields_ = [("gradient", ctypes.c_void_p), ("learning_rate", ctypes.c_float), ("eps", ctypes.c_float)]
-
-
-class HasSource(Protocol):
-    """A row map, or what stands for one."""
-
-    def source(self) -> RowSource | None:
-        """Where the rows of ids are."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A column of a table, or some dims of it, as one of the tensors of a store.
-
-    Attributes:
-        weight: its number in the store.
-        column: of the table.
-        outs: where its vectors begin in a row of the output, for each feature of the table.
-    """
-
-    weight: int
-    column: int
-    outs: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LookupTable:
-    """What one table is made of.
-
-    Attributes:
-        row_map: says where its rows are, for every batch anew.
-        first_feature: the first of its features in the batch; the others follow.
-        pieces: at least one.
-    """
-
-    row_map: HasSource
-    first_feature: int
-    pieces: tuple[Piece, ...]
-
-    @property
-    def num_features(self) -> int:
-        """Of the batch."""
-        return len(self.pieces[0].outs)
-
+__all__ = ["FusedLookup", "LookupTable", "Piece"]
 
 _Given = tuple[Tensor, Tensor, Tensor | None]  # ids, offsets, sample weights
 
@@ -150,7 +40,7 @@ class FusedLookup:
         outs = [out for table in tables for piece in table.pieces for out in piece.outs]
         self._outs = torch.tensor(outs, dtype=torch.int64)
         self._places = torch.tensor([[t.first_feature, t.first_feature + t.num_features] for t in tables])
-        self._cached: _Addresses | None = None
+        self._cached: Addresses | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
@@ -185,7 +75,7 @@ class FusedLookup:
         out: Tensor | None = _Lookup.apply(self, batch, num_kept if keeps else None, *inputs)
         return out
 
-    def _refreshed(self) -> "_Addresses | None":
+    def _refreshed(self) -> Addresses | None:
         """Where everything is now; ``None`` where that is not where the kernels can look."""
         sources = [table.row_map.source() for table in self._tables]
         known = [source for source in sources if source is not None]
@@ -193,10 +83,10 @@ class FusedLookup:
             return None
         made_of = (
             self.store.addresses(),
-            [(_address(s.assignments), _address(s.coefficients), s.num_ids, s.hot_from) for s in known],
+            [(address(s.assignments), address(s.coefficients), s.num_ids, s.hot_from) for s in known],
         )
         if self._cached is None or self._cached.made_of != made_of:
-            self._cached = _addresses(self._tables, known, self.store, made_of)
+            self._cached = addresses(self._tables, known, self.store, made_of)
         return self._cached if self._cached.is_plain else None
 
     def c_tables(self) -> Any:
@@ -204,97 +94,18 @@ class FusedLookup:
         assert self._cached is not None
         return ctypes.byref(self._cached.tables)
 
-    def c_batch(self, batch: _Given) -> _Batch:
+    def c_batch(self, batch: _Given) -> CBatch:
         """A batch as a C structure; the tensors must outlive it."""
         ids_N, offsets, sample_weights_N = batch
         size = (len(offsets) - 1) // self._num_features
-        return _Batch(
+        return CBatch(
             ids_N.data_ptr(),
             offsets.data_ptr(),
-            _address(sample_weights_N),
+            address(sample_weights_N),
             self._outs.data_ptr(),
             size,
             self._width,
         )
-
-
-@dataclass(frozen=True)
-class _Addresses:
-    """Tables and their weights as C structures.
-
-    Attributes:
-        made_of: what they are valid for.
-        keeps: what the structures point to.
-        rows_per_id_T: in all pieces of a table together.
-        num_rows: of all pieces.
-        is_plain: whether all weights are such that kernels can look them up.
-    """
-
-    made_of: tuple[Any, ...]
-    tables: _Tables
-    keeps: tuple[Any, ...]
-    rows_per_id_T: Tensor
-    num_rows: int
-    is_plain: bool
-
-
-def _addresses(
-    tables: Sequence[LookupTable], sources: Sequence[RowSource], store: Store, made_of: tuple[Any, ...]
-) -> _Addresses:
-    weights, momenta = store.weights(), store.momenta()
-    starts = list(itertools.accumulate((weight.numel() for weight in weights), initial=0))
-    pieces: list[_Piece] = []
-    made: list[_Table] = []
-    first_out = 0
-    for table, source in zip(tables, sources, strict=True):
-        made.append(_table(table, source, first_piece=len(pieces)))
-        for piece in table.pieces:
-            weight = weights[piece.weight]
-            momentum = _address(momenta[piece.weight])
-            pieces.append(
-                _Piece(weight.data_ptr(), momentum, starts[piece.weight], *weight.shape, piece.column, first_out)
-            )
-            first_out += len(piece.outs)
-    c_tables, c_pieces = (_Table * len(made))(*made), (_Piece * len(pieces))(*pieces)
-    return _Addresses(
-        made_of=made_of,
-        tables=_Tables(ctypes.addressof(c_tables), ctypes.addressof(c_pieces), len(made)),
-        keeps=(c_tables, c_pieces),
-        rows_per_id_T=torch.tensor([table.num_pieces * max(table.stored + table.hashes, 1) for table in made]),
-        num_rows=sum(piece.rows for piece in pieces),
-        is_plain=all(weight.dtype == torch.float32 and _is_reachable(weight) for weight in weights)
-        and all(_is_reachable(source.assignments) and _is_reachable(source.coefficients) for source in sources),
-    )
-
-
-def _is_reachable(tensor: Tensor | None) -> bool:
-    return tensor is None or (tensor.is_cpu and tensor.is_contiguous())
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _table(table: LookupTable, source: RowSource, first_piece: int) -> _Table:
-    words = source.assignments
-    return _Table(
-        assignments=_address(words),
-        coefficients=_address(source.coefficients),
-        bytes=0 if words is None else words.element_size(),
-        first_id=source.first_id,
-        num_ids=source.num_ids,
-        columns=1 if words is None or source.num_stored == 0 else words.shape[1] // source.num_stored,
-        stored=source.num_stored,
-        level_rows=source.level_rows,
-        hashes=source.num_hashes,
-        hashed_rows=source.num_hashed_rows,
-        hashed_from=source.hashed_from,
-        hot_from=-1 if source.hot_from is None else source.hot_from,
-        first_feature=table.first_feature,
-        num_features=table.num_features,
-        first_piece=first_piece,
-        num_pieces=len(table.pieces),
-    )
 
 
 class _Lookup(torch.autograd.Function):
@@ -310,7 +121,7 @@ class _Lookup(torch.autograd.Function):
         kept = None if num_kept is None else torch.empty(num_kept, dtype=torch.int32)
         ctx.lookup, ctx.batch, ctx.kept = lookup, batch, kept
         fine = loaded.cce_lookup(
-            lookup.c_tables(), ctypes.byref(c_batch), _address(kept), out.data_ptr(), torch.get_num_threads()
+            lookup.c_tables(), ctypes.byref(c_batch), address(kept), out.data_ptr(), torch.get_num_threads()
         )
         return out if fine else None
 
@@ -322,7 +133,7 @@ class _Lookup(torch.autograd.Function):
         lookup, store = ctx.lookup, ctx.lookup.store
         gradient = gradients[0].float().contiguous()
         flat = None if store.steps else torch.zeros(sum(weight.numel() for weight in store.weights()))
-        step, c_batch = _Step(_address(flat), *store.settings()), lookup.c_batch(ctx.batch)
+        step, c_batch = CStep(address(flat), *store.settings()), lookup.c_batch(ctx.batch)
         loaded.cce_lookup_backward(
             lookup.c_tables(),
             ctypes.byref(c_batch),

@@ -181,7 +181,8 @@ void cce_hashed_rows(const int64_t* ids, int64_t n, int64_t columns, const int64
 }
 
 // out[c][2 i] = the assignment of ids[i] in column c, out[c][2 i + 1] = hashed_from + its hash, or the assignment again
-// where that is hot_from or above. `scratch` holds columns * 512 int32. Returns 0 and writes nothing where an id is not one of those that are stored, or hashed.
+// where that is hot_from or above. `scratch` holds columns * 512 int32. Returns 0 and writes nothing where an id is not one
+// of those that are stored, or hashed.
 int cce_assigned_rows(const int64_t* ids, int64_t n, const Stored* stored, const int64_t* coefficients,
                       int64_t num_hashed, int64_t hashed_from, int64_t hot_from, void* scratch, int64_t* const* out) {
   if (!all_inside(ids, n, stored->first, stored->count)) return 0;
