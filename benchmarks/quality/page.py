@@ -196,6 +196,8 @@ it is over the same seeds, negative is better.
 * Tried as a prototype, before gradients were recorded, on the split for settings, one seed: a quarter or a half of all rows
   for ids that are seen most, one each, from the start. MovieLens-100K at 65,536 parameters went from 0.4715 to 0.4433 and
   0.4352, but at 4,096 from 0.5198 to 0.5357 and 0.5336, and Gowalla at 65,536 stayed within 0.003. Not in the library.
+* `ce` has eight columns and `robe` blocks of 4 dims, as `from_budget` takes; names with a number have that many columns, or
+  blocks that wide. Signs are the default of `hashed_net`. See [siblings.md](siblings.md).
 * More levels and more columns store more for each id: see the column "bytes in all".
 * 16 columns of 32 dims are two numbers wide, which FBGEMM's fused kernels do not take; it runs in unsharded collections only.
 
