@@ -38,7 +38,7 @@ class Settings:
     Attributes:
         dataset: of the clicks.
         split: "report" or "tune".
-        method: a key of ``METHODS``, or of ``FROM_TRAINED``.
+        method: a key of ``METHODS`` or of ``FROM_TRAINED``; of ``PUBLISHED`` for :mod:`benchmarks.quality.published`.
         params: the budget of both tables together; ``None`` for full tables.
         seed: of initial weights, order and hashes.
         options: fields of the method to fix, beside the budget.
@@ -190,7 +190,7 @@ def run(settings: Settings, clicks: Clicks) -> dict[str, Any]:
     history, reclusterings = train(settings, model, clicks)
     if is_fitted:
         compress(model, dict(zip(("t_user", "t_item"), methods, strict=True)), from_trained=True, seed=settings.seed)
-        history = History([evaluate(model, clicks.held_out, _eval_batches(clicks))])
+        history = History([evaluate(model, clicks.held_out, eval_batches(clicks))])
         if settings.method == "pq_tuned":
             history.scores += train(settings, model, clicks)[0].scores
     sizes_report = model.collection.memory_report().total
@@ -208,11 +208,12 @@ def run(settings: Settings, clicks: Clicks) -> dict[str, Any]:
     }
 
 
-def _eval_batches(clicks: Clicks) -> list[KeyedJaggedTensor]:
+def eval_batches(clicks: Clicks) -> list[KeyedJaggedTensor]:
+    """The ids of what is held out."""
     return [as_ids(clicks.held_out[slice(i, i + EVAL_BATCH)]) for i in range(0, len(clicks.held_out), EVAL_BATCH)]
 
 
-def _batches(rows: Rows, size: int, generator: torch.Generator) -> Iterator[tuple[KeyedJaggedTensor, Tensor]]:
+def batches(rows: Rows, size: int, generator: torch.Generator) -> Iterator[tuple[KeyedJaggedTensor, Tensor]]:
     """An epoch in a random order."""
     for index_B in torch.randperm(len(rows), generator=generator).split(size):
         batch = rows[index_B]
@@ -227,17 +228,17 @@ def train(settings: Settings, model: GMF, clicks: Clicks) -> tuple[History, int]
     steps_an_epoch = -(-len(clicks.train) // settings.batch_size)
     schedule = _schedule(settings, model, steps_an_epoch * settings.epochs)
     id_weights = _id_weights(settings, clicks)
-    eval_batches = _eval_batches(clicks)
+    held_out = eval_batches(clicks)
     history, step, reclusterings, best = History(), 0, 0, {}
     for _ in range(settings.epochs):
-        for ids, labels_B in _batches(clicks.train, settings.batch_size, generator):
+        for ids, labels_B in batches(clicks.train, settings.batch_size, generator):
             optimizer.zero_grad()
             binary_cross_entropy_with_logits(model(ids), labels_B).backward()
             optimizer.step()
             step += 1
             if schedule is not None and schedule.step(step, model, optimizer=optimizer, id_weights=id_weights):
                 reclusterings += 1
-        stop = history.add(*evaluate(model, clicks.held_out, eval_batches))
+        stop = history.add(*evaluate(model, clicks.held_out, held_out))
         if history.scores[-1][0] == history.best_bce:
             best = {name: value.clone() for name, value in model.state_dict().items()}
         if stop:

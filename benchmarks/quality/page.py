@@ -194,6 +194,8 @@ without hot ids over the same seeds, negative is better.
   what matters is to find the assignments. "pq" trains the full table first, which is what the others avoid. The paper's claim
   that CCE from scratch is as good holds where the row of CCE is at or below that of "pq".
 * "cce" and "residual_cce" give an eighth of their rows to hot ids, the default of `from_budget`; "cce_no_hot_ids" gives none.
+* `ce` has eight columns and `robe` blocks of 4 dims, as `from_budget` takes; names with a number have that many columns, or
+  blocks that wide. Signs are the default of `hashed_net`. See [siblings.md](siblings.md).
 * More levels and more columns store more for each id: see the column "bytes in all".
 * 16 columns of 32 dims are two numbers wide, which FBGEMM's fused kernels do not take; it runs in unsharded collections only.
 

@@ -15,8 +15,14 @@ BUDGETS = {
 EPOCHS = {"ml-100k": 30, "gowalla": 6}
 FULL = "full"
 HOT_PART = 0.125  # as ``CCE.from_budget`` has it
-# Settings that are not those of ``Settings``, chosen on the split "tune".
+# Settings chosen on the split "tune", said in full though some are defaults, and what those are compared with.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "ce": {"method": "ce", "options": {"num_columns": 8}},
+    "ce_4_columns": {"method": "ce", "options": {"num_columns": 4}},
+    "ce_32_columns": {"method": "ce", "options": {"num_columns": 32}},
+    "robe": {"method": "robe", "options": {"block_size": 4}},
+    "robe_blocks_of_32": {"method": "robe", "options": {"block_size": 32}},
+    "hashed_net_unsigned": {"method": "hashed_net", "options": {"signed": False}},
     "cce": {"hot_part": HOT_PART},
     "cce_no_hot_ids": {"method": "cce"},
     "residual_cce": {"hot_part": HOT_PART},

@@ -13,6 +13,8 @@ from benchmarks.harness import RESULTS, ROOT
 from benchmarks.quality.data import load
 from benchmarks.quality.gmf import Settings, run
 from benchmarks.quality.plans import SEEDS
+from benchmarks.quality.published import PUBLISHED as PUBLISHED_METHODS
+from benchmarks.quality.published import run_published
 from dlrm_example.provenance import provenance
 
 Record = Mapping[str, Any]
@@ -32,10 +34,10 @@ def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
     return list({key_of_settings(record): record for record in made}.values())
 
 
-def found(runs: Sequence[Record], settings: Callable[[int], Settings]) -> list[Record]:
+def found(runs: Sequence[Record], settings: Callable[[int], Settings], seeds: Iterable[int] = SEEDS) -> list[Record]:
     """The runs of the seeds that are there."""
     by_settings = {key_of_settings(run): run for run in runs if "does_not_fit" not in run}
-    keys = [key_of(asdict(settings(seed))) for seed in SEEDS]
+    keys = [key_of(asdict(settings(seed))) for seed in seeds]
     return [by_settings[key] for key in keys if key in by_settings]
 
 
@@ -81,4 +83,5 @@ def _run(task: tuple[Settings, dict[str, str | None]]) -> Record:
     if key not in _loaded:
         _loaded.clear()  # one data set in memory is enough
         _loaded[key] = load(*key, paths[settings.dataset])
-    return run(settings, _loaded[key])
+    make = run_published if settings.method in PUBLISHED_METHODS else run
+    return make(settings, _loaded[key])

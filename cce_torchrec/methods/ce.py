@@ -81,7 +81,9 @@ class CE(RowMethod):
 
     Args:
         num_rows: k, rows of each column's codebook.
-        num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide.
+        num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide. More columns of as many
+            parameters are better (``docs/results/siblings.md``) and slower; :meth:`from_budget` takes up to 8 whose width
+            FBGEMM's kernels take.
         seed: of the hash functions; the table's name is part of the seed.
 
     Paper: Shi et al., "Compositional Embeddings Using Complementary Partitions", KDD 2020, arXiv 1909.02107. The paper's
@@ -95,7 +97,7 @@ class CE(RowMethod):
     key: ClassVar[str] = "ce"
 
     num_rows: int
-    num_columns: int = 4
+    num_columns: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,7 +113,7 @@ class CE(RowMethod):
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
         rows = budget_rows(cls.key, num_params, embedding_dim, smallest=overrides.get("num_rows", 1))
-        return {"num_rows": rows, "num_columns": default_num_columns(embedding_dim, at_most=4)}
+        return {"num_rows": rows, "num_columns": default_num_columns(embedding_dim, at_most=8)}
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         check_divides(embedding_dim, self.num_columns)

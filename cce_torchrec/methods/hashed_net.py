@@ -15,7 +15,8 @@ class HashedNet(DecodeMethod):
 
     Args:
         num_cells: M, numbers in the memory, below 2^30.
-        signed: whether s is a hashed sign, which makes collisions cancel on average; else s = 1.
+        signed: whether s is a hashed sign, which makes collisions cancel on average; else s = 1, which is better where
+            vectors meet in a dot product (``docs/results/siblings.md``).
         seed: of the hash functions; the table's name is part of the seed.
 
     Paper: Chen et al., "Compressing Neural Networks with the Hashing Trick", ICML 2015, arXiv 1504.04788. There for the

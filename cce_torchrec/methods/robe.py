@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from cce_torchrec.methods.base import DecodeMethod, Decoder, TableSpec, check_bool, check_positive
 from cce_torchrec.methods.flat_memory import BlockDecoder, budget_cells, check_cells, check_window
 
-_LARGEST_DEFAULT_BLOCK = 32
+_MOST_DEFAULT_BLOCKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,8 @@ class ROBE(DecodeMethod):
     Args:
         num_cells: M, numbers in the memory, below 2^30.
         block_size: Z, from 1 to the embedding dim; where it does not divide that, the last block is shorter. Larger blocks
-            are faster. :meth:`from_budget` takes the largest up to 32 (and to the dim and M).
+            are faster, smaller ones better (``docs/results/siblings.md``). :meth:`from_budget` cuts a vector in up to 8
+            blocks of a multiple of 4 dims.
         signed: whether s is a hashed sign a block, as in feature hashing; else s = 1.
         seed: of the hash functions; the table's name is part of the seed.
 
@@ -58,7 +59,8 @@ class ROBE(DecodeMethod):
     ) -> dict[str, Any]:
         smallest = overrides.get("num_cells", overrides.get("block_size", 1))
         cells = overrides.get("num_cells", budget_cells(cls.key, num_params, smallest))
-        return {"num_cells": cells, "block_size": min(_LARGEST_DEFAULT_BLOCK, embedding_dim, cells)}
+        eighth = 4 * -(-embedding_dim // (4 * _MOST_DEFAULT_BLOCKS))
+        return {"num_cells": cells, "block_size": min(eighth, embedding_dim, cells)}
 
     def decoder(self, table: TableSpec) -> Decoder:
         self.num_params(table.num_embeddings, table.embedding_dim)

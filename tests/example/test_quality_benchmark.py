@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import data, gmf, page, plans, pointers, store
+from benchmarks.quality import data, gmf, page, plans, pointers, published, siblings, store
 from benchmarks.quality.gmf import Settings
 from benchmarks.quality.lookups import use_cheap_gradients
 from tests.example.archives import data_folder
@@ -192,3 +192,46 @@ def test_the_grid_of_pointers_knows_its_runs_and_counts_their_bytes() -> None:
     assert [method.num_assigned_ids for method in methods] == [500, 1000]
     # 512 rows: 9 bits, and 4 bytes an id; 9 and 9 hash coefficients and a version
     assert gmf.packed_bytes(quarter, (2000, 4000), methods) == 4 * 65_536 + 1500 * (9 + 4) + 2 * 8 * (9 + 9 + 1)
+
+
+def test_published_vectors_are_those_of_the_formula() -> None:
+    """The rows of each id by Python's integers, one part of the vector after the other."""
+    for method, parts in published.NUM_PARTS.items():
+        embedding = published.PublishedEmbedding(method, num_params=52, dim=8)  # 6 rows, or 52 cells
+        weight, ids = embedding.weight.detach(), [0, 1, 39, 2**31 - 2]
+        width, expected = 8 // parts, []
+        for number in ids:
+            starts = [a * number % (2**31 - 1) % embedding.num_rows for a in embedding.multipliers_P.tolist()]
+            assert len(starts) == parts
+            if method == "robe":
+                cells = [[float(weight[(start + z) % 52]) for z in range(width)] for start in starts]
+            else:
+                cells = [weight[start, part].tolist() for part, start in enumerate(starts)]
+            expected.append([number for part in cells for number in part])
+        assert torch.equal(embedding(torch.tensor(ids)).detach(), torch.tensor(expected))
+
+
+def test_a_published_method_learns_and_is_its_seed() -> None:
+    clicks = toy_clicks()
+    settings = replace(SMALL, method="published_ce", params=2 * 60 * 8, epochs=20, learning_rate=0.02)
+    record, again = (published.run_published(settings, clicks) for _ in range(2))
+    assert record["best_bce"] < 0.6 < record["scores"][0][0]
+    assert record["scores"] == again["scores"] != published.run_published(replace(settings, seed=2), clicks)["scores"]
+    assert record["params"] == 2 * 60 * 8
+
+
+def test_siblings_are_compared_with_the_authors_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [record("ce", 4_096, seed, bce) for seed, bce in ((1, 0.59), (2, 0.60), (7, 0.64))]
+    runs += [record("published_ce", 4_096, seed, bce) for seed, bce in ((1, 0.61), (2, 0.65))]
+    tuned = siblings.tried_settings("ml-100k", "ce", "8 columns", 4_096, 1)
+    assert tuned.split == "tune"
+    runs.append({**runs[0], "settings": asdict(tuned), "best_bce": 0.5432})
+    monkeypatch.setattr(siblings, "RESULTS", tmp_path)
+    siblings.write_page(runs, page.TITLES)
+    text = (tmp_path / "siblings.md").read_text()
+    assert "| `ce` | 4,096 | 0.6012 | 0.663 | 0.5950 ± 0.0071 | 0.7000 ± 0.0000 | -0.0062 | 2 |" in text
+    assert (
+        "| `ce` | 4,096 | 0.6012 | 0.6100 | 0.6300 ± 0.0283, 0.6100 .. 0.6500 | 0.6100 ± 0.0265, 0.5900 .. 0.6400 | 2 |"
+        in text
+    )
+    assert "| 8 columns | 0.5432 |" in text

@@ -167,8 +167,11 @@ def test_what_cannot_work_is_named(make, message: str) -> None:
         make()
 
 
-def test_default_blocks_fit() -> None:
-    assert ROBE.from_budget(V, 64, 1000) == ROBE(num_cells=1000, block_size=32)
-    assert ROBE.from_budget(V, 6, 1000) == ROBE(num_cells=1000, block_size=6)
-    assert ROBE.from_budget(V, 6, 5) == ROBE(num_cells=5, block_size=5)
+def test_memories_are_of_decode_methods() -> None:
     assert all(issubclass(METHODS[key], DecodeMethod) for key in ("robe", "hashed_net"))
+
+
+@pytest.mark.parametrize(("dim", "size"), [(1, 1), (3, 3), (7, 4), (16, 4), (32, 4), (33, 8), (128, 16)])
+def test_a_budget_takes_up_to_eight_blocks_of_a_multiple_of_four(dim: int, size: int) -> None:
+    assert ROBE.from_budget(V, dim, 1000) == ROBE(num_cells=1000, block_size=size)
+    assert ROBE.from_budget(V, dim, 2).block_size == min(size, 2)  # no wider than the memory

@@ -186,7 +186,7 @@ def test_default_columns_are_as_many_as_the_kernels_take() -> None:
     # FBGEMM wants widths that are multiples of 4.
     for dim, columns in ((64, 8), (32, 8), (16, 4), (12, 3), (8, 2), (4, 1), (6, 1), (40, 5)):
         assert CCE.from_budget(1000, dim, 100 * dim).num_columns == columns
-    assert CE.from_budget(1000, 64, 6400).num_columns == 4
+    assert CE.from_budget(1000, 64, 6400).num_columns == 8
 
 
 def test_dense_weight_of_more_ids_than_are_decoded_at_once() -> None:
