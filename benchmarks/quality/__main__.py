@@ -21,8 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "levers", "siblings", "spread", "pointers", "page"))
     parser.add_argument("--dataset", choices=DATASETS, default="ml-100k")
-    parser.add_argument("--methods", nargs="+", choices=plans.METHOD_NAMES, default=plans.METHOD_NAMES)
-    parser.add_argument("--levers", nargs="+", choices=list(plans.LEVERS), default=list(plans.LEVERS))
+    for name, known in (("methods", plans.METHOD_NAMES), ("levers", tuple(plans.LEVERS))):
+        told = f"default: all, {'; '.join(known)}"
+        parser.add_argument(f"--{name}", nargs="+", choices=known, default=known, metavar=name[:-1].upper(), help=told)
     parser.add_argument("--params", nargs="+", type=int, help="of both tables together (default: those of the page)")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the page")
     parser.add_argument("--movielens", help="folder of its archive (default: the user's cache)")
