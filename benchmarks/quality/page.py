@@ -122,7 +122,7 @@ def bce_by(size: str, points: Sequence[Point]) -> Curve:
 
 
 def _levers(runs: Sequence[Record]) -> str:
-    """A table of BCE, a row a lever; the difference from CCE without hot ids in brackets."""
+    """A table of BCE, a row a lever; the difference from CCE as it is in brackets."""
     columns = [(dataset, budget) for dataset in TITLES for budget in plans.LEVER_BUDGETS[dataset]]
     bce: dict[tuple[str, tuple[str, int]], Point] = {}
     for name in plans.LEVERS:
@@ -174,8 +174,8 @@ coefficients to the parameters.
 ## One setting changed at a time
 
 On another split (what is held out is cut from the training part), so that settings are not chosen on the numbers above. Best
-BCE, mean over seeds (most have one seed, so differences below about 0.003 say little); in brackets the difference from CCE
-without hot ids over the same seeds, negative is better.
+BCE, mean over seeds (most have one seed, so differences below about 0.003 say little); in brackets the difference from CCE as
+it is over the same seeds, negative is better.
 
 {levers}
 
@@ -193,7 +193,8 @@ without hot ids over the same seeds, negative is better.
 * Product quantisation of the trained full table ("pq") loses almost nothing at these sizes: codebooks are large enough, and
   what matters is to find the assignments. "pq" trains the full table first, which is what the others avoid. The paper's claim
   that CCE from scratch is as good holds where the row of CCE is at or below that of "pq".
-* "cce" and "residual_cce" give an eighth of their rows to hot ids, the default of `from_budget`; "cce_no_hot_ids" gives none.
+* "hot ids" in a name: a quarter of the rows are hot ids' own ([recluster.md](../recluster.md)). Ids are not numbered by
+  frequency here, so hot ids are known from the first re-clustering on.
 * `ce` has eight columns and `robe` blocks of 4 dims, as `from_budget` takes; names with a number have that many columns, or
   blocks that wide. Signs are the default of `hashed_net`. See [siblings.md](siblings.md).
 * More levels and more columns store more for each id: see the column "bytes in all".

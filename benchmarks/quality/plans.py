@@ -14,7 +14,6 @@ BUDGETS = {
 }
 EPOCHS = {"ml-100k": 30, "gowalla": 6}
 FULL = "full"
-HOT_PART = 0.125  # as ``CCE.from_budget`` has it
 # Settings chosen on the split "tune", said in full though some are defaults, and what those are compared with.
 VARIANTS: dict[str, dict[str, Any]] = {
     "ce": {"method": "ce", "options": {"num_columns": 8}},
@@ -23,16 +22,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "robe": {"method": "robe", "options": {"block_size": 4}},
     "robe_blocks_of_32": {"method": "robe", "options": {"block_size": 32}},
     "hashed_net_unsigned": {"method": "hashed_net", "options": {"signed": False}},
-    "cce": {"hot_part": HOT_PART},
-    "cce_no_hot_ids": {"method": "cce"},
-    "residual_cce": {"hot_part": HOT_PART},
-    "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}, "hot_part": HOT_PART},
+    "cce_hot_ids": {"method": "cce", "hot_part": 0.25},
+    "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}},
+    "residual_cce_hot_ids": {"method": "residual_cce", "hot_part": 0.25},
 }
 METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
 
-# CCE without hot ids with one change each, and what many levels need to be understood.
+# CCE's defaults with one change each, and what many levels need to be understood.
 LEVERS: dict[str, dict[str, Any]] = {
-    "no hot ids": {},
+    "as it is": {},
     "hot ids: 1/8 of the rows": {"hot_part": 0.125},
     "hot ids: 1/4 of the rows": {"hot_part": 0.25},
     "hot ids: 1/2 of the rows": {"hot_part": 0.5},

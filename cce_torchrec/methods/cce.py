@@ -22,8 +22,6 @@ from cce_torchrec.methods.base import (
 )
 from cce_torchrec.native.rows import write_assigned_rows
 
-_ROWS_A_HOT_ID = 8  # of a budget
-
 
 @dataclass(frozen=True, kw_only=True)
 class Codebooks:
@@ -254,28 +252,22 @@ class CCE(RowMethod):
     def largest_fields(
         cls, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
-        return cls._split_evenly(1, num_embeddings, embedding_dim, num_params, overrides)
+        return cls._split_evenly(1, embedding_dim, num_params, overrides)
 
     @classmethod
     def _split_evenly(
-        cls, num_assigned: int, num_embeddings: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
+        cls, num_assigned: int, embedding_dim: int, num_params: int, overrides: dict[str, Any]
     ) -> dict[str, Any]:
-        """An eighth of the budget for hot ids, the rest shared out equally to the codebooks, as far as they are not fixed."""
+        """The budget without hot ids shared out equally to the codebooks of a column, as far as they are not fixed."""
         main_rows, helper_rows = overrides.get("num_rows"), overrides.get("num_helper_rows")
-        hot_ids, most_ids = overrides.get("num_hot_ids"), overrides.get("num_assigned_ids") or num_embeddings
-        smallest = num_assigned * (main_rows or 1) + (helper_rows or 1)
-        rows = budget_rows(cls.key, num_params, embedding_dim, smallest + (hot_ids or 0))
-        if hot_ids is None:
-            hot_ids = (
-                0 if main_rows is not None else min(rows // _ROWS_A_HOT_ID, rows - smallest, most_ids, num_embeddings)
-            )
-        shared_rows = rows - hot_ids
+        hot_ids = overrides.get("num_hot_ids", 0)
+        smallest = num_assigned * (main_rows or 1) + (helper_rows or 1) + hot_ids
+        rows = budget_rows(cls.key, num_params, embedding_dim, smallest) - hot_ids
         if main_rows is None:
-            main_rows = (shared_rows - (helper_rows or shared_rows // (num_assigned + 1))) // num_assigned
+            main_rows = (rows - (helper_rows or rows // (num_assigned + 1))) // num_assigned
         return {
             "num_rows": main_rows,
-            "num_helper_rows": shared_rows - num_assigned * main_rows,
-            "num_hot_ids": hot_ids,
+            "num_helper_rows": rows - num_assigned * main_rows,
             "num_columns": default_num_columns(embedding_dim, at_most=8),
         }
 

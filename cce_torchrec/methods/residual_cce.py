@@ -69,4 +69,4 @@ class ResidualCCE(CCE):
     ) -> dict[str, Any]:
         num_levels = overrides.get("num_levels", _DEFAULT_LEVELS)
         _check_levels(num_levels)
-        return cls._split_evenly(num_levels - 1, num_embeddings, embedding_dim, num_params, overrides)
+        return cls._split_evenly(num_levels - 1, embedding_dim, num_params, overrides)

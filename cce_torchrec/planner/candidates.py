@@ -1,7 +1,4 @@
-"""What a table may become: the full table, and each method in eight sizes a doubling, with every number of columns.
-
-Where a method may have hot ids, each size is there with and without.
-"""
+"""What a table may become: the full table, and each method in eight sizes a doubling with every number of columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,8 +82,6 @@ def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> I
         widths = [width for width in range(4, dim + 1, 4) if dim % width == 0 and dim // width <= _MOST_COLUMNS]
         columns = [dim // width for width in widths] or [1]
     wishes = [dict(options)] if columns == [None] else [{**options, "num_columns": number} for number in columns]
-    if "num_hot_ids" in method.__dataclass_fields__ and "num_hot_ids" not in options:
-        wishes += [{**wish, "num_hot_ids": 0} for wish in wishes]
     exponent = 0
     while (rows := int(2 ** (exponent / _SIZES_A_DOUBLING) + 1e-9)) <= num_ids:
         exponent += 1

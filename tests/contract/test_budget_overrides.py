@@ -59,10 +59,9 @@ def test_cce_helpers_fill_what_fixed_main_rows_leave() -> None:
 
 
 def test_cce_main_rows_fill_what_fixed_helpers_leave() -> None:
-    method = CCE.from_budget(V, D, 12 * D, num_helper_rows=3)
-    assert method == CCE(num_rows=8, num_helper_rows=3, num_hot_ids=1, num_columns=2)
-    method = CCE.from_budget(V, D, 12 * D, num_helper_rows=3, num_hot_ids=0)
-    assert method == CCE(num_rows=9, num_helper_rows=3, num_columns=2)
+    assert CCE.from_budget(V, D, 12 * D, num_helper_rows=3) == CCE(num_rows=9, num_helper_rows=3, num_columns=2)
+    method = CCE.from_budget(V, D, 12 * D, num_helper_rows=3, num_hot_ids=2)
+    assert method == CCE(num_rows=7, num_helper_rows=3, num_hot_ids=2, num_columns=2)
 
 
 def test_concatenated_qr_of_one_dim() -> None:

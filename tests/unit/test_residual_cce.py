@@ -102,17 +102,15 @@ def test_two_levels_cost_what_cce_costs() -> None:
         cce = CCE.from_budget(V, D, budget)
         residual = ResidualCCE.from_budget(V, D, budget, num_levels=2)
         assert (cce.num_rows, cce.helper_rows) == (residual.num_rows, residual.helper_rows)
-        assert cce.num_hot_ids == residual.num_hot_ids
         assert cce.num_params(V, D) == residual.num_params(V, D)
 
 
 def test_a_budget_is_split_equally_over_the_levels() -> None:
     method = ResidualCCE.from_budget(1000, 16, 16 * 100)
-    assert (method.num_levels, method.num_rows, method.helper_rows, method.num_hot_ids) == (3, 29, 30, 12)
-    method = ResidualCCE.from_budget(1000, 16, 16 * 100, num_hot_ids=0)
-    assert (method.num_rows, method.helper_rows) == (33, 34)
-    assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4, num_hot_ids=0).num_rows == 25
-    assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4, num_helper_rows=13).num_rows == 25
+    assert (method.num_levels, method.num_rows, method.helper_rows) == (3, 33, 34)
+    assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4).num_rows == 25
+    assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4, num_helper_rows=10).num_rows == 30
+    assert ResidualCCE.from_budget(1000, 16, 16 * 100, num_levels=4, num_hot_ids=20).num_rows == 20
 
 
 def reclustered(method: ResidualCCE, **options):
