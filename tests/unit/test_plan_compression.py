@@ -173,11 +173,12 @@ def test_the_workspace_is_an_upper_bound(method: MethodConfig, num_ids: int, dim
         name="t", num_embeddings=num_ids, embedding_dim=dim, feature_names=["f"], method=method
     )
     collection = CompressedEmbeddingBagCollection(tables=[config])
+    seen = {"t": torch.arange(num_ids, 0, -1.0)} if getattr(method, "num_assigned_ids", None) else None
     tracker = MemTracker()
     tracker.track_external(collection)
     with tracker:
         before = tracker.get_tracker_snapshot("current")[CPU]["Total"]
-        recluster(collection, seed=0, config=ReclusterConfig(num_iterations=2))
+        recluster(collection, seed=0, config=ReclusterConfig(num_iterations=2), id_weights=seen)
     measured = tracker.get_tracker_snapshot("peak")[CPU]["Total"] - before
     bound = recluster_workspace(collection.lowered_tables[0].row_map, ReclusterConfig(), 1, "cpu")  # type: ignore[arg-type]
     scores = 4 << 20  # the block of distances, which is not used where the native kernel runs
