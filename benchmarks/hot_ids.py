@@ -5,7 +5,6 @@
 Finished runs in `runs/hot_ids` are not run again. Writes `docs/results/hot_ids.md`.
 """
 
-import statistics
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from dlrm_example.sweep.results import made_by
 from dlrm_example.sweep.runs import make_all
 
 FOLDER = Path("runs") / "hot_ids"
-NUMBERS = (0, 32, 64, 128)
+NUMBERS = (0, 8, 16, 32)
 SEEDS = (1, 2, 3, 4, 5, 6)
 
 
@@ -49,11 +48,9 @@ def main() -> int:
     configs = {(number, seed): run_config(number, seed) for number in NUMBERS for seed in SEEDS}
     make_all(list(configs.values()))
     runs = {case: read_summary(Path(config.run_dir)) for case, config in configs.items()}
-    rows = statistics.mean(run.embedding_params for run in runs.values()) / 8
     sources = {str(made_by(Path(config.run_dir))): made_by(Path(config.run_dir)) for config in configs.values()}
     page = PAGE.format(
         table=table(runs),
-        rows=f"{rows:,.0f}",
         seeds=len(SEEDS),
         command=command(),
         made_by="\n".join("* " + ", ".join(f"{k} `{v}`" for k, v in source.items()) for source in sources.values()),
@@ -68,7 +65,7 @@ PAGE = """# Hot ids in the DLRM
 {table}
 
 CCE on MovieLens-100K at eight times fewer embedding parameters, the settings of
-[movielens_8x.md](movielens_8x.md), with `num_hot_ids` in each of the tables that are compressed, which have {rows} rows together.
+[movielens_8x.md](movielens_8x.md), with `num_hot_ids` in each table that is compressed: the smallest of them has 88 rows.
 Mean ± standard deviation over {seeds} seeds; the last column is over the differences seed by seed. Ids are not numbered
 by frequency, so hot ids are known from the first re-clustering on.
 
