@@ -27,9 +27,8 @@ def save_recorded(folder: Path, module: nn.Module, rank: int, world_size: int) -
 
 def load_recorded(folder: Path, module: nn.Module, rank: int, world_size: int) -> None:
     """Go on recording where :func:`save_recorded` was; what was recorded since is forgotten."""
-    record_gradients(
-        module, on=any(folder.glob(f"{_GRADIENTS}_*.pt"))
-    )  # with the limits that there were, where it was on
+    was_on = any(folder.glob(f"{_GRADIENTS}_*.pt"))
+    record_gradients(module, on=was_on)  # with the limits that there were, where it was on
     for collection in collections_to_recluster(module):
         collection.id_counts.clear()
         if collection.id_gradients is not None:
