@@ -167,6 +167,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("name: small, ", "", r"lacks \['name'\]"),
         ("tables:", "tables: []\nmethods:", r"tables is \[\], not a list"),
         ("count: 2", "count: 0", "count=0"),
+        ("500, embedding_dim: 16", "500, embedding_dim: '16'", "embedding_dim='16' is not a positive integer"),
+        ("method: full", "method: cce, options: {num_rows: 4, num_columns: 5}", "table 'mid': .*num_columns=5"),
         ("method: full", "method: dhe, options: {width: 8}", "method 'dhe', which is not simulated"),
         ("num_iterations: 5", "iterations: 5", "iterations"),
     ],
