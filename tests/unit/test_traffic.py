@@ -37,6 +37,11 @@ def test_statistics_from_parquet(tmp_path: Path) -> None:
             traffic_of([wrong], tmp_path)
 
 
+def test_a_directory_without_parquet(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a directory without Parquet files"):
+        traffic_of([table("t_a", 10)], tmp_path)
+
+
 def test_ids_are_counted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.random.default_rng(0).zipf(1.3, 5000) % 1000
     pq.write_table(pa.table({"a": ids}), tmp_path / "a.parquet", row_group_size=300)
