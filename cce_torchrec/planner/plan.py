@@ -113,7 +113,7 @@ class BudgetPlan:
         return "\n".join([_HEADER, *rows, total + (f" (at most {self.gap:.2g} above the least)." if self.gap else ".")])
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON; a file that is there stays whole until the new one is."""
         tables = [
             {
                 **{f.name: getattr(t, f.name) for f in fields(t)},
@@ -123,7 +123,10 @@ class BudgetPlan:
             for t in self.tables
         ]
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        Path(path).write_text(json.dumps({"format": _FORMAT, **own, "tables": tables}, indent=1) + "\n")
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"format": _FORMAT, **own, "tables": tables}, indent=1) + "\n")
+        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
