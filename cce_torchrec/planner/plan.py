@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.methods import METHODS, MethodConfig
 from cce_torchrec.planner.footprint import Footprint, Placement
@@ -78,6 +79,25 @@ class BudgetPlan:
     def methods(self) -> Mapping[str, MethodConfig]:
         """The method of each table, full ones too."""
         return {table.table: table.method for table in self.tables}
+
+    @cached_property
+    def _by_name(self) -> Mapping[str, PlannedTable]:
+        return {table.table: table for table in self.tables}
+
+    def method_for(self, table: EmbeddingBagConfig) -> MethodConfig | None:
+        """The method of a table; ``None`` where it is none of those that were planned.
+
+        Raises:
+            ValueError: where it has other sizes than were planned, so that its bytes would be others.
+        """
+        planned = self._by_name.get(table.name)
+        if planned is None:
+            return None
+        sizes = ("num_embeddings", "embedding_dim")
+        now, then = ({name: getattr(each, name) for name in sizes} for each in (table, planned))
+        if now != then:
+            raise ValueError(f"it has {now}, but was planned with {then}: plan again with plan_compression.")
+        return planned.method
 
     @property
     def transient_bytes(self) -> int:

@@ -125,9 +125,12 @@ def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
 
 @runtime_checkable
 class CompressionPlan(Protocol):
-    """Anything that has chosen a method config by table name."""
+    """Anything that has chosen a method config by table name, for tables of certain sizes."""
 
     methods: Mapping[str, MethodConfig]
+
+    def method_for(self, table: EmbeddingBagConfig) -> MethodConfig | None:
+        """The method of a table; a ``ValueError`` where it is not of the size that was planned."""
 
 
 Rules = Mapping[str, MethodConfig] | Sequence[CompressionRule] | CompressionPlan
@@ -136,7 +139,7 @@ Rules = Mapping[str, MethodConfig] | Sequence[CompressionRule] | CompressionPlan
 def choose(config: EmbeddingBagConfig, rules: Rules) -> MethodConfig | None:
     """The method of one table, or ``None`` where it stays full."""
     if isinstance(rules, CompressionPlan):
-        rules = rules.methods
+        return rules.method_for(config)
     if isinstance(rules, Mapping):
         return rules.get(config.name)
     matching = (rule for rule in rules if rule.matches(config.name, config.num_embeddings))

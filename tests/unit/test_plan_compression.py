@@ -269,6 +269,23 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         BudgetPlan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ([table("t_big", 300_000), SMALL], "'t_big': it has .*300000.*was planned with .*200000.*plan again"),
+        ([BIG, table("t_small", 500, 32)], "'t_small': it has .*32.*was planned with .*16"),
+    ],
+)
+def test_a_plan_is_for_tables_of_its_sizes(tables: list[EmbeddingBagConfig], says: str) -> None:
+    """Otherwise the bytes would not be those that were planned; tables that it does not know stay full."""
+    plan = plan_compression([BIG, SMALL], budget_bytes=5_000_000, methods=["ce"])
+    with pytest.raises(ValueError, match=says):
+        compress(nn.Sequential(EmbeddingBagCollection(tables=tables, device=torch.device("meta"))), plan)
+    more = EmbeddingBagCollection(tables=[BIG, SMALL, table("t_new", 7)], device=torch.device("meta"))
+    methods = [each.method for each in compress(nn.Sequential(more), plan)[0].embedding_bag_configs()]
+    assert methods == [*plan.methods.values(), FullTable()]
+
+
 def test_the_smallest_budget_works() -> None:
     with pytest.raises(ValueError, match="too small for the 2 tables") as error:
         plan_compression([BIG, SMALL], budget_bytes=1000)
