@@ -133,10 +133,11 @@ def _from_parquet(tables: Sequence[EmbeddingBagConfig], path: Path) -> dict[str,
     if missing:
         raise ValueError(f"{path} has no columns {missing}, named as the features are; it has {data.schema.names}.")
     counts = {feature: _IdCounts() for feature in wanted}
+    lists = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
     for batch in data.to_batches(columns=wanted):
         for feature in wanted:
             values = batch.column(feature)
-            while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+            while any(is_list(values.type) for is_list in lists):
                 values = values.flatten()
             if not pyarrow.types.is_integer(values.type):
                 raise ValueError(
