@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.methods import METHODS, MethodConfig
 from cce_torchrec.planner.footprint import Footprint, Placement
@@ -79,6 +80,25 @@ class BudgetPlan:
         """The method of each table, full ones too."""
         return {table.table: table.method for table in self.tables}
 
+    @cached_property
+    def _by_name(self) -> Mapping[str, PlannedTable]:
+        return {table.table: table for table in self.tables}
+
+    def method_for(self, table: EmbeddingBagConfig) -> MethodConfig | None:
+        """The method of a table; ``None`` where it is none of those that were planned.
+
+        Raises:
+            ValueError: where it has other sizes than were planned, so that its bytes would be others.
+        """
+        planned = self._by_name.get(table.name)
+        if planned is None:
+            return None
+        sizes = ("num_embeddings", "embedding_dim")
+        now, then = ({name: getattr(each, name) for name in sizes} for each in (table, planned))
+        if now != then:
+            raise ValueError(f"it has {now}, but was planned with {then}: plan again with plan_compression.")
+        return planned.method
+
     @property
     def transient_bytes(self) -> int:
         """What the turn of one table in a re-clustering takes: the largest of all tables'."""
@@ -113,7 +133,7 @@ class BudgetPlan:
         return "\n".join([_HEADER, *rows, total + (f" (at most {self.gap:.2g} above the least)." if self.gap else ".")])
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write it as JSON; a file that is there stays whole until the new one is."""
         tables = [
             {
                 **{f.name: getattr(t, f.name) for f in fields(t)},
@@ -123,7 +143,10 @@ class BudgetPlan:
             for t in self.tables
         ]
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        Path(path).write_text(json.dumps({"format": _FORMAT, **own, "tables": tables}, indent=1) + "\n")
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        part.write_text(json.dumps({"format": _FORMAT, **own, "tables": tables}, indent=1) + "\n")
+        part.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -55,10 +55,11 @@ def traffic_of(tables: Sequence[EmbeddingBagConfig], statistics: Statistics | No
         )
     names = [table.name for table in tables]
     unknown, missing = [n for n in statistics if n not in names], [n for n in names if n not in statistics]
-    if unknown or missing:
+    wrong = [f"{what} {keys}" for what, keys in (("names no tables,", unknown), ("lacks", missing)) if keys]
+    if wrong:
         raise ValueError(
-            f"statistics names {unknown}, which are no tables, and lacks {missing}; the tables are {names}. Give the lookups "
-            "of each, counted over the same examples."
+            f"statistics {' and '.join(wrong)}; the tables are {names}. Give the lookups of each, counted over the same "
+            "examples."
         )
     return {table.name: _from_value(table, statistics[table.name]) for table in tables}
 
@@ -125,15 +126,18 @@ def _from_parquet(tables: Sequence[EmbeddingBagConfig], path: Path) -> dict[str,
     if not path.exists():
         raise ValueError(f"statistics={str(path)!r} does not exist: give a Parquet file or a directory of them.")
     data = pyarrow.dataset.dataset(path, format="parquet")
+    if not data.files:
+        raise ValueError(f"statistics={str(path)!r} is a directory without Parquet files: give one that has some.")
     wanted = list(dict.fromkeys(feature for table in tables for feature in table.feature_names))
     missing = [feature for feature in wanted if feature not in data.schema.names]
     if missing:
         raise ValueError(f"{path} has no columns {missing}, named as the features are; it has {data.schema.names}.")
     counts = {feature: _IdCounts() for feature in wanted}
+    lists = (pyarrow.types.is_list, pyarrow.types.is_large_list, pyarrow.types.is_fixed_size_list)
     for batch in data.to_batches(columns=wanted):
         for feature in wanted:
             values = batch.column(feature)
-            while pyarrow.types.is_list(values.type) or pyarrow.types.is_large_list(values.type):
+            while any(is_list(values.type) for is_list in lists):
                 values = values.flatten()
             if not pyarrow.types.is_integer(values.type):
                 raise ValueError(

@@ -124,7 +124,7 @@ def _decoder(table: DecodedTable) -> CCERobeDecoder:
     return table.decoder
 
 
-def check_sharders(module: nn.Module) -> None:
+def _check_sharders(module: nn.Module) -> None:
     """Raise a ``ValueError`` where TorchRec's sharders have sharded what is inside a compressed collection."""
     for collection in module.modules():
         if isinstance(collection, CompressedEmbeddingBagCollection) and not isinstance(
@@ -137,7 +137,7 @@ def check_sharders(module: nn.Module) -> None:
 
 
 def _check(module: nn.Module, collections: list[Collection], id_weights: Mapping[str, Tensor]) -> None:
-    check_sharders(module)
+    _check_sharders(module)
     tables = {table.name: table for collection in collections for table in reclusterable_tables(collection)}
     if not tables:
         methods = [key for key, method in METHODS.items() if method.reclusterable]

@@ -36,6 +36,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     print(table(simulations))
+    if machine is not None and machine.network is None and config.network is None and max(options.world_sizes) > 1:
+        print(
+            f"Seconds are without communication: {options.machine} was measured on one rank. Measure by torchrun, or give "
+            "the network in the config."
+        )
     if options.json is not None:
         text = json.dumps([simulation.summary() for simulation in simulations], indent=1) + "\n"
         try:

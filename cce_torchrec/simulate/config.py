@@ -32,6 +32,7 @@ from cce_torchrec.simulate.machine import Network
 from cce_torchrec.swap.rules import CompressionRule
 
 _NEEDED = ("name", "num_embeddings", "embedding_dim")
+_NUMBERS = ("count", "num_embeddings", "embedding_dim")
 _OPTIONAL = ("count", "pooling_factor", "assignment_placement", "method", "options")
 
 
@@ -91,6 +92,7 @@ class SimulationConfig:
         tables, factors, fixed = [], {}, {}
         for entry in data["tables"]:
             _check_keys(entry, f"table {entry}", _NEEDED + _OPTIONAL, needed=_NEEDED)
+            check_positive(**{key: entry[key] for key in _NUMBERS if key in entry})
             method = _method(entry)
             for table in _tables(entry):
                 tables.append(table)
@@ -110,13 +112,13 @@ def _check_keys(data: Any, name: str, known: tuple[str, ...], needed: tuple[str,
     if not isinstance(data, dict):
         raise ValueError(f"{name} is no mapping with the keys {', '.join(known)}.")
     unknown, missing = [key for key in data if key not in known], [key for key in needed if key not in data]
-    if unknown or missing:
-        raise ValueError(f"{name} has unknown keys {unknown} and lacks {missing}; the keys are {', '.join(known)}.")
+    wrong = [f"{what} {keys}" for what, keys in (("has unknown keys", unknown), ("lacks", missing)) if keys]
+    if wrong:
+        raise ValueError(f"{name} {' and '.join(wrong)}; the keys are {', '.join(known)}.")
 
 
 def _tables(entry: dict[str, Any]) -> list[EmbeddingBagConfig]:
     count, base = entry.get("count"), entry["name"]
-    check_positive(count=1 if count is None else count, num_embeddings=entry["num_embeddings"])
     names = [base] if count is None else [f"{base}_{number}" for number in range(count)]
     placement = {key: entry[key] for key in ("assignment_placement",) if key in entry}
     return [
@@ -136,7 +138,11 @@ def _method(entry: dict[str, Any]) -> RowMethod | None:
     if "method" not in entry:
         return None
     rule = CompressionRule(method=entry["method"], options=entry.get("options", {}))
-    method = rule.method_for(entry["num_embeddings"], entry["embedding_dim"])
+    try:
+        method = rule.method_for(entry["num_embeddings"], entry["embedding_dim"])
+        method.num_params(entry["num_embeddings"], entry["embedding_dim"])  # which refuses fields that do not fit
+    except ValueError as error:
+        raise ValueError(f"table {entry['name']!r}: {error}") from None
     if not isinstance(method, RowMethod) or not isinstance(method, (FullTable, *PLANNABLE)):
         known = [FullTable.key, *(each.key for each in PLANNABLE)]
         raise ValueError(

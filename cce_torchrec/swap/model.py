@@ -36,7 +36,7 @@ def compress(
     Args:
         model: changed in place; may itself be an ``EmbeddingBagCollection``.
         rules: method configs by table name; or :class:`CompressionRule` s, of which the first that matches counts; or a
-            plan with ``methods``.
+            plan, as :func:`plan_compression` makes them, for tables of the sizes that it was made for.
         from_trained: whether to cluster the rows of the full tables: column by column, :class:`PQ` takes the centroids and
             the nearest of them, :class:`CCE` the mean residuals besides, :class:`ResidualCCE` level by level.
         seed: of that clustering; pass the same one on every rank.
@@ -113,7 +113,7 @@ def _checked(rules: Rules | CompressionRule) -> Rules:
     """The rules, or a ``ValueError`` that says what they may be."""
     if isinstance(rules, CompressionRule):
         return [rules]
-    methods = rules if isinstance(rules, Mapping) else getattr(rules, "methods", None)
+    methods = rules.methods if isinstance(rules, CompressionPlan) else rules
     if isinstance(methods, Mapping) and all(isinstance(method, MethodConfig) for method in methods.values()):
         return rules
     is_list = isinstance(rules, Sequence) and not isinstance(rules, str)
@@ -121,7 +121,7 @@ def _checked(rules: Rules | CompressionRule) -> Rules:
         return rules
     raise ValueError(
         f"rules={rules!r} is neither a list of CompressionRule, nor method configs by table name such as "
-        '{"t_item": CCE(num_rows=1024)}, nor a plan with such `methods`.'
+        '{"t_item": CCE(num_rows=1024)}, nor a plan of plan_compression.'
     )
 
 

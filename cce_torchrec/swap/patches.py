@@ -40,12 +40,12 @@ from cce_torchrec.planner import (
     parameter_constraints,
 )
 from cce_torchrec.recluster import ReclusterSchedule, record_gradients
-from cce_torchrec.recluster.step import Collection, check_sharders, reclusterable_tables
+from cce_torchrec.recluster.step import Collection, reclusterable_tables
 from cce_torchrec.replace import with_method
 from cce_torchrec.swap.config import SwapConfig
 from cce_torchrec.swap.epochs import Epochs
 from cce_torchrec.swap.rules import choose
-from cce_torchrec.swap.sharders import register_sharders, restore_sharders
+from cce_torchrec.swap.sharders import check_sharders, register_sharders, restore_sharders
 
 
 @contextmanager
@@ -124,8 +124,9 @@ class Swap:
         self, original: Callable[..., None], model: DistributedModelParallel, *args: Any, **kwargs: Any
     ) -> None:
         """Around ``DistributedModelParallel.__init__``: the model re-clusters itself."""
+        given = inspect.signature(original).bind(model, *args, **kwargs).arguments
+        check_sharders(given["module"], given.get("sharders"))
         original(model, *args, **kwargs)
-        check_sharders(model)
         collections = [part for part in model.modules() if isinstance(part, Collection)]
         learns = any(True for collection in collections for _ in reclusterable_tables(collection))
         if self._config.schedule is not None and learns:

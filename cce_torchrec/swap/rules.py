@@ -9,6 +9,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.memory import stored_bytes
 from cce_torchrec.methods import METHODS, MethodConfig
+from cce_torchrec.methods.base import check_not_negative, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class CompressionRule:
         options: fields of the method's config.
 
     Raises:
-        ValueError: an unknown method, several budgets at once, a ratio below 1.
+        ValueError: an unknown method, several budgets at once, a ratio below 1, numbers that are none.
 
     Example:
         >>> CompressionRule(method="cce", min_num_embeddings=10_000, compression=16).matches("t_item", 1_000_000)
@@ -50,12 +51,16 @@ class CompressionRule:
             raise ValueError(
                 f"{' and '.join(budgets)} are {'two' if len(budgets) == 2 else 'three'} budgets: give one."
             )
+        check_not_negative(min_num_embeddings=self.min_num_embeddings)
+        check_positive(**{name: getattr(self, name) for name in _COUNTS if getattr(self, name) is not None})
         if self.compression is not None and not (isinstance(self.compression, int | float) and self.compression >= 1):
             raise ValueError(f"compression={self.compression!r} is below 1 or not a number; 16 is 16 times smaller.")
         try:
             re.compile(self.tables)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"tables={self.tables!r} is not a regular expression: {error}.") from None
+        if not isinstance(self.options, Mapping):
+            raise ValueError(f"options={self.options!r} is no mapping of fields, such as {{num_columns: 4}}.")
         unknown = set(self.options) - {f.name for f in fields(METHODS[self.method])}
         if unknown:
             known = [f.name for f in fields(METHODS[self.method])]
@@ -106,7 +111,8 @@ class CompressionRule:
         return method.from_budget(num_embeddings, embedding_dim, too_large - 1, **self.options)
 
 
-_BUDGETS = ("compression", "num_params", "budget_bytes")
+_COUNTS = ("num_params", "budget_bytes")
+_BUDGETS = ("compression", *_COUNTS)
 
 
 def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
@@ -119,9 +125,12 @@ def _first(low: int, high: int, holds: Callable[[int], bool]) -> int:
 
 @runtime_checkable
 class CompressionPlan(Protocol):
-    """Anything that has chosen a method config by table name."""
+    """Anything that has chosen a method config by table name, for tables of certain sizes."""
 
     methods: Mapping[str, MethodConfig]
+
+    def method_for(self, table: EmbeddingBagConfig) -> MethodConfig | None:
+        """The method of a table; a ``ValueError`` where it is not of the size that was planned."""
 
 
 Rules = Mapping[str, MethodConfig] | Sequence[CompressionRule] | CompressionPlan
@@ -130,7 +139,7 @@ Rules = Mapping[str, MethodConfig] | Sequence[CompressionRule] | CompressionPlan
 def choose(config: EmbeddingBagConfig, rules: Rules) -> MethodConfig | None:
     """The method of one table, or ``None`` where it stays full."""
     if isinstance(rules, CompressionPlan):
-        rules = rules.methods
+        return rules.method_for(config)
     if isinstance(rules, Mapping):
         return rules.get(config.name)
     matching = (rule for rule in rules if rule.matches(config.name, config.num_embeddings))

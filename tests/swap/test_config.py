@@ -66,6 +66,18 @@ def test_as_many_epochs_as_the_script_trains(tmp_path: Path) -> None:
         ("rules: [{method: cc, compression: 2}]", "rule 1: method='cc' is unknown"),
         ("rules: [{method: cce, compression: 2, num_params: 3}]", "two budgets"),
         ("rules: [{method: cce, compression: 2, num_params: 3, budget_bytes: 4}]", "three budgets"),
+        (
+            "rules: [{method: cce, compression: 2, min_num_embeddings: 5e3}]",
+            "min_num_embeddings='5e3' is not an integer",
+        ),
+        ("rules: [{method: cce, num_params: 1.5}]", "num_params=1.5 is not a positive integer"),
+        ("rules: [{method: cce, budget_bytes: 2e9}]", "rule 1: budget_bytes='2e9' is not a positive integer"),
+        ("rules: [{method: cce, budget_bytes: 0}]", "budget_bytes=0 is not a positive integer"),
+        ("rules: [{method: cce, compression: 2, tables: [a]}]", r"tables=\['a'\] is not a regular expression"),
+        (
+            "rules: [{method: cce, compression: 2, options: [num_rows]}]",
+            r"options=\['num_rows'\] is no mapping of fields",
+        ),
         ("rules: [{method: ce, compression: 2}]\nrecluster: 5", "recluster is 5, not a mapping"),
         ("rules: [{method: ce, compression: 2}]\nrecluster: {steps: 5}", "unknown keys"),
         ("rules: [{method: ce, compression: 2}]\nrecluster: {seed: 5}", "needs every_steps, or total_steps"),

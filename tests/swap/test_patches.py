@@ -206,8 +206,13 @@ def test_ids_are_counted_where_methods_ask_for_it() -> None:
 def test_other_sharders_are_refused() -> None:
     with swapped(CONFIG):
         model = Model(EmbeddingBagCollection(tables=TABLES))
-        with pytest.raises(ValueError, match="get_sharders"):
-            DistributedModelParallel(model, device=CPU, sharders=[EmbeddingBagCollectionSharder()])
+        plan = EmbeddingShardingPlanner(topology=Topology(world_size=1, compute_device="cpu")).plan(
+            model, get_default_sharders()
+        )
+        for given in (None, plan):  # with the plan, TorchRec itself would say KeyError
+            with pytest.raises(ValueError, match=r"sharders of its own.*take get_default_sharders\(\)"):
+                DistributedModelParallel(model, device=CPU, plan=given, sharders=[EmbeddingBagCollectionSharder()])
+        DistributedModelParallel(model, device=CPU, plan=plan, sharders=get_default_sharders())
 
 
 def test_the_planner_takes_constraints_by_logical_table() -> None:

@@ -110,7 +110,8 @@ def test_rule_with_a_budget_and_options() -> None:
 
 
 def test_by_a_plan() -> None:
-    plan = SimpleNamespace(methods={"item": CE(num_rows=9, num_columns=2)}, total_bytes=0)
+    methods = {"item": CE(num_rows=9, num_columns=2)}
+    plan = SimpleNamespace(methods=methods, method_for=lambda table: methods.get(table.name))
     assert methods_of(compress(stock(), plan)) == {"user": "full", "item": "ce", "genre": "full"}
 
 

@@ -270,6 +270,23 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         BudgetPlan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        ([table("t_big", 300_000), SMALL], "'t_big': it has .*300000.*was planned with .*200000.*plan again"),
+        ([BIG, table("t_small", 500, 32)], "'t_small': it has .*32.*was planned with .*16"),
+    ],
+)
+def test_a_plan_is_for_tables_of_its_sizes(tables: list[EmbeddingBagConfig], says: str) -> None:
+    """Otherwise the bytes would not be those that were planned; tables that it does not know stay full."""
+    plan = plan_compression([BIG, SMALL], budget_bytes=5_000_000, methods=["ce"])
+    with pytest.raises(ValueError, match=says):
+        compress(nn.Sequential(EmbeddingBagCollection(tables=tables, device=torch.device("meta"))), plan)
+    more = EmbeddingBagCollection(tables=[BIG, SMALL, table("t_new", 7)], device=torch.device("meta"))
+    methods = [each.method for each in compress(nn.Sequential(more), plan)[0].embedding_bag_configs()]
+    assert methods == [*plan.methods.values(), FullTable()]
+
+
 def test_the_smallest_budget_works() -> None:
     with pytest.raises(ValueError, match="too small for the 2 tables") as error:
         plan_compression([BIG, SMALL], budget_bytes=1000)
@@ -317,8 +334,8 @@ def test_only_included_tables_are_compressed() -> None:
         ({"budget_bytes": "2GB"}, "budget_bytes='2GB' is not"),
         ({"tables": []}, "tables is empty"),
         ({"tables": [BIG, BIG]}, "Duplicate table name 't_big'"),
-        ({"statistics": {"t_big": 1}}, "lacks .'t_small'"),
-        ({"statistics": {"t_big": 1, "t_small": 1, "x": 1}}, "no tables"),
+        ({"statistics": {"t_big": 1}}, "statistics lacks .'t_small'.; the tables"),
+        ({"statistics": {"t_big": 1, "t_small": 1, "x": 1}}, "names no tables, .'x'.; the tables"),
         ({"statistics": {"t_big": 0, "t_small": 0}}, "no lookup"),
         ({"statistics": {"t_big": -1, "t_small": 0}}, "below 0"),
         ({"statistics": {"t_big": 1, "t_small": [1] * 501}}, "500 ids"),

@@ -1,6 +1,7 @@
 """Simulations: against TorchRec's planner, formulas by hand, and what a file may say."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +168,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("name: small, ", "", r"lacks \['name'\]"),
         ("tables:", "tables: []\nmethods:", r"tables is \[\], not a list"),
         ("count: 2", "count: 0", "count=0"),
+        ("500, embedding_dim: 16", "500, embedding_dim: '16'", "embedding_dim='16' is not a positive integer"),
+        ("method: full", "method: cce, options: {num_rows: 4, num_columns: 5}", "table 'mid': .*num_columns=5"),
         ("method: full", "method: dhe, options: {width: 8}", "method 'dhe', which is not simulated"),
         ("num_iterations: 5", "iterations: 5", "iterations"),
     ],
@@ -186,6 +189,20 @@ def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             simulate(config(tmp_path, FILE.replace("16000000000", str(budget))), 8)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "network", "is_said"),
+    [("2", "", True), ("1", "", False), ("2", "network: {latency: 0.001, bytes_per_second: 1000000000}", False)],
+)
+def test_seconds_without_a_network_are_called_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], world_size: str, network: str, is_said: bool
+) -> None:
+    config(tmp_path, FILE.replace("budget_bytes: 16000000000", "budget_bytes: 800000000000") + network)
+    replace(MACHINE, network=None).save(tmp_path / "machine.json")
+    files = ["--config", str(tmp_path / "model.yaml"), "--machine", str(tmp_path / "machine.json")]
+    main([*files, "--world_sizes", world_size])
+    assert ("without communication" in capsys.readouterr().out) == is_said
 
 
 def test_more_ranks_hold_less(tmp_path: Path) -> None:

@@ -37,6 +37,20 @@ def test_statistics_from_parquet(tmp_path: Path) -> None:
             traffic_of([wrong], tmp_path)
 
 
+def test_lists_of_a_fixed_size(tmp_path: Path) -> None:
+    pairs = pa.array([[1, 9], None, [1, 3], [None, 1]], pa.list_(pa.int16(), 2))
+    pq.write_table(pa.table({"a": pairs}), tmp_path / "a.parquet")
+    found, expected = traffic_of([table("t_a", 10)], tmp_path)["t_a"], Traffic.counted(np.array([3, 1, 1]))
+    assert found.lookups == 5
+    np.testing.assert_array_equal(found.shares_U, expected.shares_U)
+    np.testing.assert_array_equal(found.numbers_U, expected.numbers_U)
+
+
+def test_a_directory_without_parquet(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is a directory without Parquet files"):
+        traffic_of([table("t_a", 10)], tmp_path)
+
+
 def test_ids_are_counted_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = np.random.default_rng(0).zipf(1.3, 5000) % 1000
     pq.write_table(pa.table({"a": ids}), tmp_path / "a.parquet", row_group_size=300)
