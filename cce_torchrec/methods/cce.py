@@ -265,6 +265,7 @@ class CCE(RowMethod):
         rows = budget_rows(cls.key, num_params, embedding_dim, smallest) - hot_ids
         if main_rows is None:
             main_rows = (rows - (helper_rows or rows // (num_assigned + 1))) // num_assigned
+            main_rows = min(main_rows, overrides.get("num_assigned_ids") or main_rows)  # more have no id to cluster
         return {
             "num_rows": main_rows,
             "num_helper_rows": rows - num_assigned * main_rows,

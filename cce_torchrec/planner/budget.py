@@ -19,6 +19,8 @@ from cce_torchrec.recluster import ReclusterConfig
 
 Methods: TypeAlias = Sequence[str] | Mapping[str, Mapping[str, Any]]
 
+_LEAST_SHARE = 1e-6
+
 
 def plan_compression(
     tables: Sequence[EmbeddingBagConfig],
@@ -37,7 +39,8 @@ def plan_compression(
         minimise    sum_t traffic_t * loss_t(m_t)        over one candidate m_t for each table t
         such that   sum_t held_t(m_t) + max_t transient_t(m_t) <= budget_bytes
 
-    ``traffic_t`` is the share of all lookups that go to table t, ``loss_t`` the share of the energy of its vectors that a
+    ``traffic_t`` is the share of all lookups that go to table t (at least a millionth, so that a table without any gets what
+    the others leave), ``loss_t`` the share of the energy of its vectors that a
     model of hashing and quantisation expects to be lost (``planner/expected_loss.py``; 0 for a full table), ``held_t`` its
     codebooks, their gradients and optimizer state, assignments, and what a re-clustering holds, ``transient_t`` its turn
     in a re-clustering. Candidates are the full table and each method in eight sizes for every doubling, with each number of
@@ -163,11 +166,11 @@ def _included(tables: Sequence[EmbeddingBagConfig], include: str) -> set[str]:
 
 
 def _shares(traffic: Mapping[str, Traffic]) -> dict[str, float]:
-    """Of all lookups, those of each table."""
+    """Of all lookups, those of each table; of one without any, so few that it gets what the others leave."""
     lookups = sum(of_table.lookups for of_table in traffic.values())
     if lookups <= 0:
         raise ValueError("statistics counts no lookup of any table: count some, or leave statistics out.")
-    return {name: of_table.lookups / lookups for name, of_table in traffic.items()}
+    return {name: max(of_table.lookups / lookups, _LEAST_SHARE) for name, of_table in traffic.items()}
 
 
 def _allocate(

@@ -244,6 +244,14 @@ def test_centroids_are_those_of_the_warm_ids_alone() -> None:
         torch.testing.assert_close(nearest, torch.zeros(12, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
+def test_a_budget_has_no_more_centroids_than_warm_ids() -> None:
+    assert CCE.from_budget(V, 8, 100 * 8, num_assigned_ids=60).num_rows == 50
+    method = CCE.from_budget(V, 8, 100 * 8, num_assigned_ids=20)
+    assert (method.num_rows, method.helper_rows) == (20, 80)
+    method = ResidualCCE.from_budget(V, 8, 100 * 8, num_assigned_ids=20)
+    assert (method.num_rows, method.helper_rows) == (20, 60)
+
+
 def test_as_many_slots_as_ids_are_no_limit() -> None:
     vectors = []
     for limit in (None, V):

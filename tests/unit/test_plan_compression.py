@@ -208,6 +208,15 @@ def test_hot_ids_lose_nothing() -> None:
     assert expected_loss(CCE(**{**vars(method), "num_hot_ids": 4}), config, traffic) == 0
 
 
+def test_tables_without_lookups_get_what_the_others_leave() -> None:
+    tables = [table("t_item", 20_000), table("t_user", 30_000), table("t_day", 7)]
+    seen = {"t_item": 0, "t_user": 5.0, "t_day": 0}
+    room = plan_compression(tables, budget_bytes=6_000_000, statistics=seen)
+    assert {name for name, method in room.methods.items() if method == FullTable()} >= {"t_user", "t_day"}
+    everything = plan_compression(tables, budget_bytes=60_000_000, statistics=seen)
+    assert set(everything.methods.values()) == {FullTable()}
+
+
 def test_several_devices() -> None:
     one = footprint(BIG, FullTable(), "row_wise", DEVICES)
     four = Devices(**{**vars(DEVICES), "world_size": 4})
