@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks.harness import RESULTS
 from benchmarks.quality import plans
 from benchmarks.quality.store import Record, found
+from cce_torchrec import METHODS
 from dlrm_example.curves import Curve, Measured, first_crossing, mean_and_spread
 from dlrm_example.plots import Panel, draw_panels, save
 from dlrm_example.report import markdown_table
@@ -101,7 +102,9 @@ def _matches(curves: Mapping[str, Sequence[Point]]) -> str:
 
 
 def draw(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """BCE against both sizes; a star is the first match of the full table."""
+    """BCE against both sizes, of methods as they are and CCE with hot ids; a star is the first match of the full table."""
+    drawn = [*METHODS, "cce_hot_ids"]
+    curves = {method: points for method, points in curves.items() if method in drawn}
     panels = [
         Panel(
             curves={method: bce_by(size, points) for method, points in curves.items() if method != plans.FULL},
