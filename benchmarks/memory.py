@@ -110,8 +110,8 @@ def page(found: dict[str, list[Turn]], made_by: dict[str, Any]) -> str:
 {SIZES.num_tables} tables of V={SIZES.num_embeddings:,}, D={SIZES.dim}; every method but `full` has at most 1/{COMPRESSION}
 of the parameters of full tables. "Reported": codebooks or decoders, assignments and optimizer state, by `memory_report`.
 "Taken": what the process takes more than before the collection was made, after a step of B={SIZES.batch_size}, the batches
-included; "more in a step" is the peak of another step beside that. The dense parameters of decode methods also have a buffer
-of gradients as large as they are, which `DistributedDataParallel` keeps and no report counts.
+included; "more in a step" is the peak of another step beside that. Under `DistributedModelParallel` the dense
+parameters of decode methods also have gradients as large as they are, which stay from step to step and no report counts.
 
 Made by: {facts}.
 

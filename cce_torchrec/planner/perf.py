@@ -9,8 +9,8 @@ dims, one of the C columns of its table, n ids and R * n rows a bag, and a batch
     table_wise, column_wise:      (W-1)/W * B * (2 * d * 4 + (n * 8 + 8) / C)            vectors, gradients, ids, lengths
     row_wise and its kin:         (W-1) * B * (2 * d * 4 + 4) + (W-1)/W * B * n * R * 4  partial sums, lengths, rows
 
-Looking rows up reads and writes as much under each type. Fetched assignments are waited for, with nothing else to do, so that
-time counts twice. Ids go to every rank that has a part of a column: to more of them column-wise than table-wise.
+Looking rows up reads and writes as much under each type. Assignments on their way back are waited for, with nothing else to
+do, so that time counts twice. Ids go to every rank that has a part of a column: to more of them column-wise than table-wise.
 """
 
 from collections.abc import Sequence
@@ -68,8 +68,7 @@ class CompressedPerfEstimator(EmbeddingPerfEstimator):
         for shard in option.shards:
             width = shard.size[1]
             parts = sent(option.sharding_type, shard.size, table, topology.world_size, bags, lookups)
-            waited_for = parts.ids if has_sharded_assignments(table.config) else 0
-            bytes_ = sum(parts) + waited_for
+            bytes_ = sum(parts) + parts.assignments
             # Of all ranks' lookups, a shard of a column has all, one of rows or a replica its share.
             share = topology.world_size if option.sharding_type in _BY_TABLE else 1
             looked_up = share * lookups * width * 4 / memory
@@ -85,12 +84,14 @@ class Sent(NamedTuple):
     """Bytes that all ranks together send in a step.
 
     Attributes:
-        ids: ids, rows and lengths there, and assignments back.
+        ids: ids, rows and lengths there.
+        assignments: back.
         vectors: pooled vectors, and their gradients.
         gradients: of replicated codebooks, all-reduced.
     """
 
     ids: float
+    assignments: float
     vectors: float
     gradients: float
 
@@ -111,21 +112,22 @@ def sent(
     rows, dim = size
     columns, ids, others = len(table.row_map.columns), lookups / table.row_map.rows_per_id, world_size - 1
     if sharding_type == ShardingType.DATA_PARALLEL.value:  # a shard is one rank's replica
-        fetched = _fetched(table, lookups)
-        return Sent(others / world_size * fetched, 0.0, others / world_size * 2 * rows * dim * 4)
+        part = others / world_size
+        there, back = _fetched(table, ids)
+        return Sent(part * there, part * back, 0.0, part * 2 * rows * dim * 4)
     if sharding_type in _BY_TABLE:
-        return Sent(others * (ids * 8 + bags * 8) / columns, others * 2 * bags * dim * 4, 0.0)
+        return Sent(others * (ids * 8 + bags * 8) / columns, 0.0, others * 2 * bags * dim * 4, 0.0)
     # Rows travel as int32 where they fit, and lengths with them.
     itemsize = 4 if table.row_map.columns[0].num_rows < 2**31 else 8
     of_rows = others * bags * itemsize + others / world_size * lookups * itemsize
-    return Sent(of_rows, others * bags * 2 * dim * 4, 0.0)
+    return Sent(of_rows, 0.0, others * bags * 2 * dim * 4, 0.0)
 
 
-def _fetched(table: LoweredTable, lookups: float) -> float:
+def _fetched(table: LoweredTable, ids: float) -> tuple[float, float]:
     """Bytes of ids and of their assignments in one column, where those are sharded by id."""
     row_map = table.row_map
     if not has_sharded_assignments(table.config):
-        return 0.0
+        return 0.0, 0.0
     assert isinstance(row_map, CCERowMap)
-    of_an_id = 8 / len(row_map.columns) + smallest_int_dtype(row_map.num_codes).itemsize * row_map.num_assigned
-    return lookups / row_map.rows_per_id * of_an_id
+    itemsize = smallest_int_dtype(row_map.num_codes).itemsize
+    return ids * 8 / len(row_map.columns), ids * itemsize * row_map.num_assigned
