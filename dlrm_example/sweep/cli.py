@@ -66,7 +66,8 @@ class SweepConfig:
         return {case: self._config(case) for case in cases}
 
     def _config(self, case: Case) -> TrainConfig:
-        return parse_config([*self.flags, *case.flags, "--run_dir", str(Path(self.run_dir) / case.name)])
+        shared = _without_options(self.flags) if case.method == FULL else self.flags
+        return parse_config([*shared, *case.flags, "--run_dir", str(Path(self.run_dir) / case.name)])
 
 
 def parse_sweep(argv: Sequence[str] | None = None) -> SweepConfig:
@@ -94,6 +95,16 @@ def leave_out_unfit(
     if unfit and all(case.method == FULL for case in fitting):
         raise UsageError(f"no method fits at any of these compressions, for example {next(iter(unfit.values()))}")
     return fitting, unfit
+
+
+def _without_options(flags: Sequence[str]) -> list[str]:
+    """The flags but `--method_options`, which full tables have none of."""
+    kept: list[str] = []
+    is_option = False
+    for flag in flags:
+        is_option = flag.startswith("--method_options") or (is_option and not flag.startswith("--"))
+        kept += [] if is_option else [flag]
+    return kept
 
 
 def _names(text: str) -> tuple[str, ...]:

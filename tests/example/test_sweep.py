@@ -63,6 +63,16 @@ def test_every_run_has_its_cases_flags_and_all_others() -> None:
         assert (run.method, run.compression, run.seed) == (case.method, case.compression, case.seed)
 
 
+@pytest.mark.parametrize(
+    "options", [["--method_options", "num_columns=2", "seed=7"], ["--method_options=num_columns=2"]], ids=str
+)
+def test_full_tables_are_made_without_the_options_of_methods(options: list[str]) -> None:
+    runs = parse_sweep(["--methods", "cce", "--seeds", "1", *options, *SHORT]).runs()
+    for case, run in runs.items():
+        assert run.method_options.get("num_columns") == (None if case.method == "full" else 2)
+        assert run.embedding_dim == 8
+
+
 def test_the_list_is_what_the_launcher_reads(
     data_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
