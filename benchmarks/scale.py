@@ -197,7 +197,7 @@ def plan_rows(simulations: list[Simulation]) -> tuple[list[str], list[list[str]]
                 f"{each.plan.world_size:,}",
                 f"{each.plan.budget_bytes / 1e9:.0f}",
                 f"{each.rank_bytes[0] / 1e9:.2f} ({each.rank_bytes[1] / 1e9:.2f})",
-                f"{each.sent.ids / 1e6:.2f}",
+                f"{(each.sent.ids + each.sent.assignments) / 1e6:.2f}",
                 f"{each.sent.vectors / 1e6:.2f}",
                 f"{each.sent.gradients / 1e6:.2f}",
                 f"{each.plan.loss:.4f}",

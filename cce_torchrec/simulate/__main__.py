@@ -55,8 +55,9 @@ def table(simulations: Sequence[Simulation]) -> str:
     for each in simulations:
         most, mean = each.rank_bytes
         seconds = "" if each.recluster_seconds is None else f"{sum(each.recluster_seconds.values()):,.0f}"
+        ids = each.sent.ids + each.sent.assignments
         lines.append(
-            f"{each.plan.world_size:>6}{most / 1e9:>11.2f}{mean / 1e9:>9.2f}{each.sent.ids / 1e6:>15.2f}"
+            f"{each.plan.world_size:>6}{most / 1e9:>11.2f}{mean / 1e9:>9.2f}{ids / 1e6:>15.2f}"
             f"{each.sent.vectors / 1e6:>12.2f}{each.sent.gradients / 1e6:>14.2f}{each.plan.loss:>8.4f}"
             f"{each.distances:>11.2e}{seconds:>12}{each.planning_seconds:>14.1f}"
         )

@@ -60,9 +60,9 @@ def test_what_is_sent_by_hand(tmp_path: Path, world_size: int) -> None:
     result, W, B = simulate(config(tmp_path), world_size), world_size, 32
     others = (W - 1) / W
     assert result.plan.methods["mid_0"] == result.plan.methods["small"] == FullTable()
-    fetched = others * B * (8 + 4 * 1)  # an id there, four bytes back
     by_row = 2 * ((W - 1) * B * 4 + others * B * 3 * 4)  # lengths and rows as int32, of two tables
-    assert result.sent.ids == pytest.approx(fetched + by_row)
+    assert result.sent.ids == pytest.approx(others * B * 8 + by_row)  # an id there
+    assert result.sent.assignments == pytest.approx(others * B * 4 * 1)  # four bytes back
     assert result.sent.vectors == pytest.approx(2 * (W - 1) * B * 2 * 16 * 4)
     codebooks = 2 * 64 * 16 + 500 * 16  # the small one is replicated
     assert result.sent.gradients == pytest.approx(2 * others * codebooks * 4)
