@@ -48,7 +48,7 @@ def main() -> int:
     configs = {(number, seed): run_config(number, seed) for number in NUMBERS for seed in SEEDS}
     make_all(list(configs.values()))
     runs = {case: read_summary(Path(config.run_dir)) for case, config in configs.items()}
-    sources = {str(made_by(Path(config.run_dir))): made_by(Path(config.run_dir)) for config in configs.values()}
+    sources = {str(source): source for source in (made_by(Path(config.run_dir)) for config in configs.values())}
     page = PAGE.format(
         table=table(runs),
         seeds=len(SEEDS),

@@ -30,7 +30,7 @@ def find_sorted(sorted_S: Tensor, ids_N: Tensor) -> tuple[Tensor, Tensor]:
     return places_N, sorted_S[places_N] == ids_N
 
 
-def _heaviest(weights_N: Tensor, number: int, above: int) -> Tensor:
+def heaviest(weights_N: Tensor, number: int, above: int) -> Tensor:
     """The places, in order, of the largest weights that are above a limit; of equal ones the first."""
     places = (weights_N > above).nonzero().view(-1)
     if number == 0 or len(places) <= number:
@@ -213,14 +213,14 @@ class AssignedRowMap(RowMap):
             weights_N: how often each was seen, for one. The largest weights above ``min_id_count - 1`` are taken, of equal
                 ones the first.
         """
-        return _heaviest(weights_N, len(self.assignments), self.storage.min_id_count - 1)
+        return heaviest(weights_N, len(self.assignments), self.storage.min_id_count - 1)
 
     def choose_hot_ids(self, weights_V: Tensor | None) -> Tensor:
         """Which ids are to have rows of their own, in order: the first ids, or those of the largest weights above 0."""
         number = min(self.storage.num_hot_ids, self.num_embeddings)
         if weights_V is None:
             return torch.arange(number, device=self.assignments.device)
-        return _heaviest(weights_V, number, 0).to(self.assignments.device)
+        return heaviest(weights_V, number, 0).to(self.assignments.device)
 
     def put(self, stored_NW: Tensor, ids_N: Tensor | None) -> None:
         """Replace what is stored: of all ids of this rank, or of the chosen ones, sorted, which are the warm ones then."""

@@ -12,7 +12,7 @@ from cce_torchrec.id_counts import IdCounts
 from cce_torchrec.lowering import LoweredTable
 from cce_torchrec.methods.assignments import AssignedRowMap
 from cce_torchrec.recluster.collectives import Collectives
-from cce_torchrec.recluster.vocabulary import Block, gather_block
+from cce_torchrec.recluster.vocabulary import Block, choose_among_ranks, gather_block
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,4 @@ def _most_seen(name: str, row_map: AssignedRowMap, counted: IdCounts, collective
             f"Table {name!r} stores assignments of the {len(row_map.assignments)} ids seen most often, but none of its ids "
             f"was seen yet (in training mode, with gradients): train first, or pass id_weights={{{name!r}: ...}}."
         )
-    best = row_map.choose(counts_U1[:, 0])  # of this block; more of them than there are slots is never needed
-    ids_N, counts_N1 = (collectives.all_gather_rows(found[best]) for found in (ids_U, counts_U1))
-    return ids_N[row_map.choose(counts_N1[:, 0])]
+    return choose_among_ranks(ids_U, counts_U1[:, 0], row_map.choose, collectives)

@@ -21,9 +21,10 @@ from cce_torchrec.config import method_of
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
 from cce_torchrec.id_gradients import MAX_BYTES, IdGradients
 from cce_torchrec.lowering import Table
+from cce_torchrec.methods.assignments import heaviest
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
-from cce_torchrec.recluster.vocabulary import Block, gather_block
+from cce_torchrec.recluster.vocabulary import Block, choose_among_ranks, gather_block
 from cce_torchrec.sums_by_id import SumsById
 
 Collection = CompressedEmbeddingBagCollection | ShardedCompressedEmbeddingBagCollection
@@ -88,15 +89,7 @@ def steps_from(
 def most_sensitive_ids(sums: SumsById, number: int, collectives: Collectives) -> Tensor:
     """The ids of all ranks' blocks on which the loss depends most, those of the largest T, in rising order; collective."""
     ids_U, sums_UW = sums.sums()
-    bound_U = sums_UW[:, -1]
-    mine_N = _largest(bound_U, number).sort().values  # no others of this rank's can be among them
-    ids_N, bound_N = collectives.all_gather_rows(ids_U[mine_N]), collectives.all_gather_rows(bound_U[mine_N])
-    return ids_N[_largest(bound_N, number)].sort().values
-
-
-def _largest(numbers_N: Tensor, count: int) -> Tensor:
-    """The places of the largest, the first of equal ones."""
-    return numbers_N.sort(descending=True, stable=True).indices[:count]
+    return choose_among_ranks(ids_U, sums_UW[:, -1], lambda bounds_N: heaviest(bounds_N, number, above=-1), collectives)
 
 
 def reclusterable_tables(collection: Collection) -> Iterator[Table]:

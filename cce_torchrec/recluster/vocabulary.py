@@ -3,7 +3,7 @@
 Shapes: V ids, N ids of a batch, C columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -94,6 +94,22 @@ def sample(
         ids.append(ids_N[taken_N])
         weights.append((weights_N / chance_N)[taken_N])
     return torch.cat(ids), torch.cat(weights)
+
+
+def choose_among_ranks(
+    ids_U: Tensor, weights_U: Tensor, choose: Callable[[Tensor], Tensor], collectives: Collectives
+) -> Tensor:
+    """The ids of the largest weights among those of all ranks' blocks, in rising order; collective.
+
+    Args:
+        ids_U: of this rank's block, in rising order.
+        weights_U: theirs.
+        choose: the places of the largest, in order; so those of a block are all of it that can be among them.
+        collectives: how to reach the other ranks.
+    """
+    best = choose(weights_U)
+    ids_N, weights_N = (collectives.all_gather_rows(found[best]) for found in (ids_U, weights_U))
+    return ids_N[choose(weights_N)]
 
 
 def gather_block(recorded: SumsById, block: Block, collectives: Collectives) -> SumsById:
