@@ -36,7 +36,15 @@ from cce_torchrec.planner import (
     parameter_constraints,
     plan_compression,
 )
-from cce_torchrec.recluster import ReclusterConfig, ReclusterReport, ReclusterSchedule, recluster, record_gradients
+from cce_torchrec.recluster import (
+    BackgroundReclustering,
+    ReclusterConfig,
+    ReclusterReport,
+    ReclusterSchedule,
+    recluster,
+    recluster_in_background,
+    record_gradients,
+)
 from cce_torchrec.swap import CompressionRule, compress
 
 __all__ = [
@@ -47,6 +55,7 @@ __all__ = [
     "PQ",
     "QR",
     "ROBE",
+    "BackgroundReclustering",
     "Bloom",
     "BudgetPlan",
     "CCERobe",
@@ -76,5 +85,6 @@ __all__ = [
     "parameter_constraints",
     "plan_compression",
     "recluster",
+    "recluster_in_background",
     "record_gradients",
 ]

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.optim import Optimizer
 
 from cce_torchrec.lowering import LAYOUT_HOLDERS, LAYOUT_REMEDY, is_layout
+from cce_torchrec.recluster.background import cancel_reclustering
 from cce_torchrec.recluster.recorded import load_recorded, save_recorded
 
 
@@ -114,6 +115,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, optimizer: Optimizer | N
         raise FileNotFoundError(f"{path} holds no complete checkpoint (.metadata, which is written last, is missing).")
     saved = dcp.FileSystemReader(str(path)).read_metadata().state_dict_metadata
     _agree(_misfit(state, saved))
+    cancel_reclustering(model)
     dcp.load(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
     _put_back(whole, state)
     model.load_state_dict(whole["model"])

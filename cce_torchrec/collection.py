@@ -7,7 +7,7 @@ Tables of decode methods take another way: KJT of ids -> BagDecoder -> [B, D] a 
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import BoundsCheckMode
@@ -20,7 +20,7 @@ from cce_torchrec.config import check_tables
 from cce_torchrec.decoding import BagDecoder, join
 from cce_torchrec.dense_parts import DenseParts
 from cce_torchrec.fused import FusedCollection
-from cce_torchrec.growth import check_growth, grow_table
+from cce_torchrec.growth import check_growth, grow_table, refuse_while_reclustering
 from cce_torchrec.id_counts import IdCounts
 from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.in_backward import apply_requests, requests_of
@@ -28,6 +28,9 @@ from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, check_layou
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes
 from cce_torchrec.methods.base import id_chunks
 from cce_torchrec.rewrite import Relabel, RowRewriter, looks_up_weights
+
+if TYPE_CHECKING:
+    from cce_torchrec.recluster.background import BackgroundReclustering
 
 
 class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
@@ -91,6 +94,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         self._decode = BagDecoder(self.decoded_tables, is_weighted, bounds_check_mode)
         self.id_counts = IdCounts(self.tables())
         self.id_gradients: IdGradients | None = None
+        self.reclustering: BackgroundReclustering | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -205,6 +209,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         Raises:
             ValueError: where there is no such table, it would shrink, or has parameters sized by id; nothing has changed.
         """
+        refuse_while_reclustering(self)
         grow_table(check_growth(self.tables(), table, num_embeddings), num_embeddings)
 
     def tables(self) -> list[Table]:

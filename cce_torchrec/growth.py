@@ -1,10 +1,20 @@
 """Tables that take in more ids while they are trained: only what is stored by id grows."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from cce_torchrec.config import method_of
 from cce_torchrec.lowering import Table, rename_layout
 from cce_torchrec.methods.base import check_positive
+
+
+def refuse_while_reclustering(collection: Any) -> None:
+    """Raise a ``RuntimeError`` where tables of a collection are being re-clustered in the background."""
+    if collection.reclustering is not None:
+        raise RuntimeError(
+            "The tables are being re-clustered in the background: commit() or cancel() that first, "
+            "collection.reclustering.cancel() where nothing else holds it."
+        )
 
 
 def check_growth(tables: Sequence[Table], name: str, num_embeddings: int) -> Table:

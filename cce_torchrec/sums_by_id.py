@@ -29,6 +29,12 @@ class SumsById:
         rows_UW = self._merged[1]
         return SumsById(rows_UW.shape[1], dtype=rows_UW.dtype)
 
+    def snapshot(self) -> "SumsById":
+        """These sums as they are now, to be read elsewhere while more is added to these."""
+        copied = self.empty_copy()
+        copied._merged, copied._pending, copied._num_pending = self._merged, list(self._pending), self._num_pending
+        return copied
+
     def add(self, ids_N: Tensor, rows_NW: Tensor) -> None:
         """Add rows to the sums of their ids."""
         self._pending.append((ids_N.cpu(), rows_NW.cpu()))

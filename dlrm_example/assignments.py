@@ -14,7 +14,7 @@ from cce_torchrec.lowering import LoweredTable, Table
 from cce_torchrec.methods.base import id_chunks
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.cce_robe import CCERobeDecoder
-from cce_torchrec.recluster.step import Collection, reclusterable_tables
+from cce_torchrec.recluster.gradients import Collection, reclusterable_tables
 
 _IDS_AT_ONCE = 1 << 22
 

@@ -164,6 +164,8 @@ def _add_compression_flags(group: _Group) -> None:
     group.add(
         "recluster_gradient_steps", "steps before each re-clustering whose gradients steer it; 0 for none", type=int
     )
+    background_help = "steps that are trained while a re-clustering goes on beside them; 0 to stop for it"
+    group.add("recluster_background_steps", background_help, type=int)
     group.add("recluster_decode_batch_size", "ids whose vectors a re-clustering holds at a time", type=int)
 
 

@@ -42,6 +42,7 @@ class TrainConfig:
     recluster_stop_after: float = 0.8
     recluster_optimizer_state: Literal["reset", "carry"] = "reset"
     recluster_gradient_steps: int = ReclusterSchedule.gradient_steps
+    recluster_background_steps: int = ReclusterSchedule.background_steps
     recluster_decode_batch_size: int = ReclusterConfig.decode_batch_size
 
     embedding_dim: int = 32
@@ -210,8 +211,8 @@ def _check_numbers(config: TrainConfig) -> None:
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise UsageError(f"--{name} is {value}; it must be above 0")
     for name in (
-        *("discard_last", "recluster_count", "recluster_gradient_steps", "seed", "checkpoint_every_epochs"),
-        *("lr_warmup_steps", "lr_decay_start", "lr_decay_steps"),
+        *("recluster_count", "recluster_gradient_steps", "recluster_background_steps", "checkpoint_every_epochs"),
+        *("discard_last", "seed", "lr_warmup_steps", "lr_decay_start", "lr_decay_steps"),
     ):
         if getattr(config, name) < 0:
             raise UsageError(f"--{name} is {getattr(config, name)}; it must be 0 or more")

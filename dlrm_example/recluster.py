@@ -60,7 +60,7 @@ def recluster_run(run_dir: Path, output_dir: Path, seed: int) -> None:
         report = _recluster(model, optimizer, seed, config)
         files = RunFiles(str(output_dir), world.is_main)
         on_main_rank(world, lambda: files.start_from(run_dir, config, about_this_run(), checkpoint.metrics_bytes))
-        record_reclustering(report, report.seconds, progress, model, files, Board(None, progress.step))
+        record_reclustering(report, progress, model, files, Board(None, progress.step))
         progress.evaluations.append(evaluation(model, loaders, progress, world, progress.improves))
         files.log_evaluation(progress.evaluations[-1])
         checkpoints.save(model, optimizer, progress, files.metrics_bytes())

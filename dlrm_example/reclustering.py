@@ -12,10 +12,10 @@ from dlrm_example.records import RunFiles
 
 
 def record_reclustering(
-    report: ReclusterReport, seconds: float, progress: Progress, model: nn.Module, files: RunFiles, board: Board
+    report: ReclusterReport, progress: Progress, model: nn.Module, files: RunFiles, board: Board
 ) -> None:
     """Account for it in the progress too; collective."""
-    progress.recluster_seconds += seconds
+    progress.recluster_seconds += report.stalled_seconds
     progress.reclusterings += 1
     step = progress.step
     entropies: dict[str, list[float]] = {table.table: [] for table in report.tables}
@@ -27,4 +27,4 @@ def record_reclustering(
         scores = {"relative_squared_error": changed.relative_squared_error, "moved_fraction": changed.moved_fraction}
         board.add(f"recluster/{changed.table}", step, **scores)
     tables = [{**asdict(each), "assignment_entropy_bits": entropies[each.table]} for each in report.tables]
-    files.log(event="recluster", step=step, epoch=progress.epoch, seconds=seconds, tables=tables)
+    files.log(event="recluster", step=step, epoch=progress.epoch, seconds=report.stalled_seconds, tables=tables)

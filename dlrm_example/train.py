@@ -21,7 +21,7 @@ from dlrm_example.budget import plan_tables
 from dlrm_example.checkpoints import Checkpoint, Checkpoints, find_checkpoint
 from dlrm_example.cli import parse_config
 from dlrm_example.commands import exit_code
-from dlrm_example.config import TrainConfig, divide_global_batch, recluster_config
+from dlrm_example.config import TrainConfig, UsageError, divide_global_batch, recluster_config
 from dlrm_example.console import is_main_process, log_of_this_rank, set_up_logging
 from dlrm_example.data import DATASETS, ColumnChoice, Dataset
 from dlrm_example.distributed import World, elastic_job, main_rank_first, on_main_rank, process_group, restarts
@@ -168,14 +168,18 @@ def make_schedule(
     if not names or not config.recluster_count:
         logger.info("no re-clustering (%s)", "--recluster_count 0" if names else f"method {config.method} has none")
         return None
-    schedule = ReclusterSchedule(
-        total_steps=total_steps,
-        count=config.recluster_count,
-        stop_after_fraction=config.recluster_stop_after,
-        gradient_steps=config.recluster_gradient_steps,
-        seed=config.seed,
-        config=recluster_config(config),
-    )
+    try:
+        schedule = ReclusterSchedule(
+            total_steps=total_steps,
+            count=config.recluster_count,
+            stop_after_fraction=config.recluster_stop_after,
+            gradient_steps=config.recluster_gradient_steps,
+            background_steps=config.recluster_background_steps,
+            seed=config.seed,
+            config=recluster_config(config),
+        )
+    except ValueError as error:  # all else was looked at before the length of the training was known
+        raise UsageError(f"--recluster_{error}") from None
     logger.info("re-clustering %s after steps %s of %d", ", ".join(names), schedule.steps, total_steps)
     return schedule
 

@@ -154,14 +154,12 @@ class Trainer:
         if self._schedule.is_due(self._progress.step):
             self._take_losses()
             self._watch.check_weights(self._model, self._optimizer)
-        started = time.perf_counter()
         try:
             report = self._schedule.step(self._progress.step, self._model, optimizer=self._optimizer)
         except ValueError as error:  # vectors that are not finite, though weights are
             raise self._watch.diverged(f"re-clustering after step {self._progress.step}: {error}") from None
         if report is not None:
-            seconds = time.perf_counter() - started
-            record_reclustering(report, seconds, self._progress, self._model, self._files, self._board)
+            record_reclustering(report, self._progress, self._model, self._files, self._board)
 
     def _report_if_due(self) -> None:
         """One line a window of steps."""

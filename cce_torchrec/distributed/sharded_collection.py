@@ -9,6 +9,7 @@ TorchRec stays TorchRec's own code.
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -39,11 +40,15 @@ from cce_torchrec.distributed.fetch import FetchGroup
 from cce_torchrec.distributed.groups import OwnerGroup, make_group
 from cce_torchrec.distributed.growth import grow_on_all_ranks
 from cce_torchrec.distributed.id_sharding import keep_local_blocks
+from cce_torchrec.growth import refuse_while_reclustering
 from cce_torchrec.id_counts import IdCounts
 from cce_torchrec.id_gradients import IdGradients
 from cce_torchrec.lowering import DecodedTable, LoweredTable, Table, decoded_tables, lower_tables
 from cce_torchrec.memory import MemoryReport, memory_report, optimizer_state_bytes, state_bytes
 from cce_torchrec.rewrite import Relabel
+
+if TYPE_CHECKING:
+    from cce_torchrec.recluster.background import BackgroundReclustering
 
 
 @dataclass
@@ -129,6 +134,7 @@ class ShardedCompressedEmbeddingBagCollection(
         self._version = 0
         self.id_counts = IdCounts(self.tables())
         self.id_gradients: IdGradients | None = None
+        self.reclustering: BackgroundReclustering | None = None
         self.register_load_state_dict_pre_hook(refuse_other_layouts)
         self.register_load_state_dict_post_hook(lambda *_: self.assignments_changed())
 
@@ -245,6 +251,7 @@ class ShardedCompressedEmbeddingBagCollection(
             ValueError: on every rank, with nothing changed, as of an unsharded collection; and where ranks differ in what
                 they ask for.
         """
+        refuse_while_reclustering(self)
         grow_on_all_ranks(self.tables(), table, num_embeddings, self._env)
         for group in self._groups:
             if isinstance(group, FetchGroup):

@@ -102,23 +102,24 @@ class CCERowMap(AssignedRowMap):
         """Row of each main codebook of each id, counted from that codebook's start, of hot ids k and up: int64 [c * A, N]."""
         return self.assigned(ids_N).T.to(torch.int64)
 
-    def helper_rows(self, ids_N: Tensor) -> Tensor:
-        """Row of the helper codebook of each id, counted from its own start: int64 [c, N]."""
-        assert self.helper_coefficients is not None
-        return hash_rows(ids_N, self.helper_coefficients, self.num_helper_rows)
+    def helper_rows(self, ids_N: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        """Row of the helper codebook of each id, by these hash functions or others, from its own start: int64 [c, N]."""
+        coefficients = self.helper_coefficients if coefficients is None else coefficients
+        assert coefficients is not None
+        return hash_rows(ids_N, coefficients, self.num_helper_rows)
 
     def rows(self, ids_N: Tensor) -> Tensor:
         return self.rows_of(ids_N, self.assigned(ids_N))
 
-    def rows_of(self, ids_N: Tensor, assigned_NA: Tensor) -> Tensor:
-        """:meth:`rows` of ids whose assignments [N, c * A] are known already."""
+    def rows_of(self, ids_N: Tensor, assigned_NA: Tensor, helper_coefficients: Tensor | None = None) -> Tensor:
+        """:meth:`rows` of ids with assignments [N, c * A] that are known already, or others, as may be the helper hashes."""
         columns, assigned = len(self.columns), self.num_assigned
         rows_CNR = torch.empty(columns, len(ids_N), self.rows_per_id, dtype=torch.int64, device=ids_N.device)
         rows_CNR[..., :assigned] = assigned_NA.view(-1, columns, assigned).transpose(0, 1)
         for level in range(1, assigned):
             rows_CNR[..., level] += level * self.level_rows
         if self.num_helper_rows:
-            torch.add(self.helper_rows(ids_N), self.first_helper_row, out=rows_CNR[..., -1])
+            torch.add(self.helper_rows(ids_N, helper_coefficients), self.first_helper_row, out=rows_CNR[..., -1])
         if self.storage.num_hot_ids:
             self._point_to_own(rows_CNR)
         return rows_CNR

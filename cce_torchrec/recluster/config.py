@@ -81,13 +81,16 @@ class ReclusterReport:
 
     Attributes:
         tables: one entry a re-clustered table.
+        stalled_seconds: for how long the caller had to wait: for all of it, or, where it went on in the background, for
+            its beginning, for what was not done when it was to be committed, and for the commit.
     """
 
     tables: tuple[TableReport, ...]
+    stalled_seconds: float
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time over all tables."""
+        """Wall-clock time of the clustering, over all tables."""
         return sum(table.seconds for table in self.tables)
 
     def __str__(self) -> str:
@@ -97,4 +100,4 @@ class ReclusterReport:
             f"{row.empty_clusters:>8}{row.seconds:>10.2f}"
             for row in self.tables
         ]
-        return "\n".join([header, *rows])
+        return "\n".join([header, *rows, f"training stood still for {self.stalled_seconds:.2f} s"])

@@ -53,6 +53,8 @@ def _recorded(module: nn.Module, kind: str) -> dict[str, SumsById]:
 def _of_collection(collection: Collection, kind: str) -> dict[str, SumsById]:
     if kind == _COUNTS:
         return {table: counts.sums() for table, counts in collection.id_counts.by_table.items()}
+    if collection.reclustering is not None:  # which is begun again from these where the checkpoint is loaded
+        return collection.reclustering.gradients(collection)
     return {} if collection.id_gradients is None else collection.id_gradients.by_table
 
 

@@ -51,6 +51,7 @@ def fit_to_trained(
         weights_V = id_weights.get(name)
         if weights_V is not None:
             check_weights(name, weights_V, table.config.num_embeddings)
+        counts = collection.id_counts.by_table.get(name)
         columns = weight_VD.detach().float().chunk(len(row_map.columns), dim=1)
         state = TableState(
             name=name,
@@ -59,7 +60,7 @@ def fit_to_trained(
             codebooks=list(columns),
             optimizer_state=[column_VD.new_zeros(len(column_VD), 0) for column_VD in columns],
             weights_V=weights_V,
-            chosen_ids=choose_ids(table, weights_V, collection.id_counts, LocalCollectives()),
+            chosen_ids=choose_ids(name, row_map, weights_V, counts.sums() if counts else None, LocalCollectives()),
         )
         new = recluster_table(state, seed=seed, config=config, collectives=LocalCollectives())
         row_map.replace(new.assignments, new.ids, new.helper_coefficients)

@@ -132,8 +132,13 @@ def gather_assignments(share: Tensor, collectives: Collectives) -> Tensor:
 
 
 def moved_sample(num_ids: int, block: Block) -> Tensor:
-    """The places of this rank's ids on which :func:`moved_fraction` is measured, evenly spaced over those of all ranks."""
-    step = max(1, num_ids // MOVED_SAMPLE)
+    """The places of this rank's ids on which :func:`moved_fraction` is measured."""
+    return evenly_spaced(num_ids, block, MOVED_SAMPLE)
+
+
+def evenly_spaced(num_ids: int, block: Block, size: int) -> Tensor:
+    """The places of this rank's ids among about ``size`` that are evenly spaced over those of all ranks."""
+    step = max(1, num_ids // size)
     first = min(-(-block.start // step) * step, block.stop)  # a short block may have none of them
     return torch.arange(first, block.stop, step, device=block.device)
 

@@ -183,6 +183,12 @@ def nearest_windows(points_PW: Tensor, memory_M: Tensor) -> tuple[Tensor, Tensor
     return offset_P, distance_P
 
 
+def cells_of(offsets_NC: Tensor, width: int, num_cells: int) -> Tensor:
+    """The cells of windows, element by element of the batch: [N * C * W]."""
+    cells = offsets_NC[..., None] + torch.arange(width, device=offsets_NC.device)
+    return cells.remainder_(num_cells).flatten()
+
+
 def _vectors(state: WindowsState, steps: IdSteps | None, ids_N: Tensor) -> Tensor:
     """The column vectors to cluster of some ids, what they decode to and their steps: [N * C, W]."""
     decoder, (main_M, helper_M) = state.decoder, state.memories
@@ -244,11 +250,6 @@ class _Sums:
         self._residual = zeros(sizes[1])
         self._optimizer = [zeros(*old_MS.shape) for old_MS in state.optimizer_state]
 
-    def _cells(self, offsets_NC: Tensor, num_cells: int) -> Tensor:
-        """The cells of windows, element by element of the batch: [N * C * W]."""
-        cells = offsets_NC[..., None] + torch.arange(self._width, device=offsets_NC.device)
-        return cells.remainder_(num_cells).flatten()
-
     def add(self, ids_N: Tensor) -> Tensor:
         """Assign a batch of ids and add them up; returns their offsets [N, C]."""
         decoder = self._state.decoder
@@ -265,12 +266,12 @@ class _Sums:
         old = (decoder.main_offsets(ids_N), decoder.helper_offsets(ids_N))
         for number, (new_NC, old_NC) in enumerate(zip((main_NC, helper_NC), old, strict=True)):
             num_cells, old_state_MS = len(self._mass[number]), self._state.optimizer_state[number]
-            cells_E = self._cells(new_NC, num_cells)
+            cells_E = cells_of(new_NC, self._width, num_cells)
             self._mass[number].index_add_(0, cells_E, weights_E)
             if number == 1:
                 self._residual.index_add_(0, cells_E, residual_PW.double().flatten() * weights_E)
             if old_state_MS.shape[1]:
-                old_ES = old_state_MS[self._cells(old_NC, num_cells)].double()
+                old_ES = old_state_MS[cells_of(old_NC, self._width, num_cells)].double()
                 self._optimizer[number].index_add_(0, cells_E, old_ES * weights_E[:, None])
         return main_NC
 

@@ -17,7 +17,7 @@ from cce_torchrec.methods.base import check_positive
 from cce_torchrec.recluster import ReclusterConfig, ReclusterSchedule
 from cce_torchrec.swap.rules import CompressionRule
 
-_SCHEDULE = ("every_steps", "count", "total_steps", "stop_after_fraction", "gradient_steps", "seed")
+_SCHEDULE = ("every_steps", "count", "total_steps", "stop_after_fraction", "gradient_steps", "background_steps", "seed")
 _EPOCHS = "epochs"  # how many the script trains
 
 

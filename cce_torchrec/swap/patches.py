@@ -40,7 +40,7 @@ from cce_torchrec.planner import (
     parameter_constraints,
 )
 from cce_torchrec.recluster import ReclusterSchedule, record_gradients
-from cce_torchrec.recluster.step import Collection, reclusterable_tables
+from cce_torchrec.recluster.gradients import Collection, reclusterable_tables
 from cce_torchrec.replace import with_method
 from cce_torchrec.swap.config import SwapConfig
 from cce_torchrec.swap.epochs import Epochs
@@ -194,7 +194,7 @@ class _Reclusterer:
 
     def __init__(self, schedule: ReclusterSchedule, epochs: Epochs, swap: Swap) -> None:
         self._schedule, self._epochs, self._swap = schedule, epochs, swap
-        self._completed, self._is_running, self._has_warned = 0, False, False
+        self._completed, self._is_running, self._has_warned, self._is_over = 0, False, False, False
 
     def begin_epoch(self, length: int | None) -> None:
         """The training goes on with a loader from its start."""
@@ -206,16 +206,19 @@ class _Reclusterer:
             return
         if self._swap.take_step() and self._is_running:
             self._completed += 1
-            if not self._schedule.is_due(self._completed):
-                record_gradients(model, on=self._schedule.records(self._completed))
-            elif not self._is_late():
-                self._recluster(model)
+            if self._schedule.is_due(self._completed):
+                self._is_over = self._is_late()
+            if self._is_over:
+                record_gradients(model, on=False)
+            else:
+                self._recluster_if_due(model)
         self._is_running = True
 
-    def _recluster(self, model: nn.Module) -> None:
+    def _recluster_if_due(self, model: nn.Module) -> None:
         optimizers = cast(Optimizer, _AllOptimizers(self._swap.optimizers()))
         report = self._schedule.step(self._completed, model, optimizer=optimizers)
-        _say(f"re-clustered after step {self._completed}:\n{report}")
+        if report is not None:
+            _say(f"re-clustered after step {self._completed}:\n{report}")
 
     def _is_late(self) -> bool:
         """Whether the last part of the training has begun on any rank; collective, since loaders may differ in length."""

@@ -17,7 +17,7 @@ from unittest import mock
 import torch.distributed.checkpoint.filesystem as dcp_files
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cce_torchrec.recluster import step as recluster_step
+from cce_torchrec.recluster import work as recluster_work
 from dlrm_example.train import main
 from dlrm_example.trainer import Trainer
 
@@ -69,7 +69,7 @@ def before_showing() -> Any:
 FAULTS: dict[str, Callable[[], Any]] = {
     "between_steps": lambda: after_step(die),
     "in_reclustering": lambda: on_call(
-        recluster_step, "recluster_table", 5
+        recluster_work, "recluster_table", 5
     ),  # in the second one, its second table of 3
     "in_checkpoint": lambda: on_call(dcp_files, "_write_item", 60),
     "before_showing": before_showing,

@@ -316,7 +316,7 @@ def test_nothing_changes_where_one_table_of_one_collection_fails() -> None:
 def test_report_prints_a_line_a_table() -> None:
     report = recluster(build(cce_table(name="a"), cce_table(name="b")), seed=0)
     lines = str(report).splitlines()
-    assert [line.split()[0] for line in lines] == ["table", "a", "b"]
+    assert [line.split()[0] for line in lines] == ["table", "a", "b", "training"]
     assert f"{report.tables[0].relative_squared_error:.4f}" in lines[1]
 
 
