@@ -7,8 +7,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -90,7 +92,7 @@ class BackgroundReclustering:
 
     def __init__(self, work: Reclustering, started: float) -> None:
         self._work = work
-        self._groups = [_group_like(part.process_group) for part in work.parts]
+        self._groups = [_own_group(part.process_group) for part in work.parts]
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="recluster")
@@ -141,9 +143,9 @@ class BackgroundReclustering:
     def _end(self) -> None:
         for part in self._work.parts:
             part.collection.reclustering = None
-        for group in self._groups:
-            if group is not None and self.is_done:  # it is not where a wait for it was interrupted
-                dist.destroy_process_group(group)
+        if self._error is not None:  # ranks may have left the groups in the middle of something
+            for group in {part.process_group for part in self._work.parts} - {None}:
+                _OWN_GROUPS.pop(group, None)
 
     def _run(self) -> None:
         if sys.platform == "linux":  # where a thread has a niceness of its own, which threads that it starts take over
@@ -180,36 +182,48 @@ class _Interruptible(Collectives):
         self._collectives, self._stop = collectives, stop
         self.rank, self.world_size = collectives.rank, collectives.world_size
 
+    def agree(self, error: Exception | None = None) -> None:
+        with self._failures():
+            self._collectives.agree(error)
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        self._check()
+        with self._failures():
+            return self._collectives.all_reduce_sum(tensor)
+
+    def all_gather_rows(self, tensor: Tensor) -> Tensor:
+        self._check()
+        with self._failures():
+            return self._collectives.all_gather_rows(tensor)
+
     def _check(self) -> None:
         if self._stop.is_set() or not threading.main_thread().is_alive():
             raise RuntimeError("the re-clustering in the background was cancelled")
 
-    def agree(self, error: Exception | None = None) -> None:
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Those that an agreement tells of, as any collective begins with one."""
         try:
-            self._collectives.agree(error)
+            yield
         finally:
             self.has_failed = self._collectives.has_failed
 
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        self._check()
-        return self._collectives.all_reduce_sum(tensor)
 
-    def all_gather_rows(self, tensor: Tensor) -> Tensor:
-        self._check()
-        return self._collectives.all_gather_rows(tensor)
+# Of the same ranks as the process groups of collections, by them: re-clusterings go over groups of their own, so that their
+# collectives cannot get between those of training.
+_OWN_GROUPS: MutableMapping[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
-def _group_like(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """One of the same ranks whose collectives cannot get between those of training."""
+def _own_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Made once, for all re-clusterings; collective."""
     if group is None:
         return None
-    return dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=group._get_backend(_device_of(group)).options._timeout,
-        backend="gloo",
-        use_local_synchronization=True,
-    )
-
-
-def _device_of(group: dist.ProcessGroup) -> torch.device:
-    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    if group not in _OWN_GROUPS:
+        device = torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+        _OWN_GROUPS[group] = dist.new_group(
+            dist.get_process_group_ranks(group),
+            timeout=group._get_backend(device).options._timeout,
+            backend="gloo",
+            use_local_synchronization=True,
+        )
+    return _OWN_GROUPS[group]

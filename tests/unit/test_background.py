@@ -181,8 +181,7 @@ def test_counts_are_those_of_when_it_began(monkeypatch: pytest.MonkeyPatch) -> N
     recluster(expected, seed=3)
     wait_for_the_steps(monkeypatch, steps := threading.Event())
     under_way = recluster_in_background(collection, seed=3)
-    for _ in range(9):
-        collection(make_kjt({"f_t": [list(range(200, 260))]}))
+    collection(make_kjt({"f_t": [list(range(200, 260)) * 1_100]}))  # enough to be added up at once
     steps.set()
     under_way.commit()
     assert_same_state(collection, expected.state_dict())
