@@ -79,6 +79,7 @@ def recluster_in_background(
         optimizer=optimizer,
         id_weights=id_weights,
     )
+    work.read()
     return BackgroundReclustering(work, started)
 
 

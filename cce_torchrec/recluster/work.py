@@ -1,10 +1,6 @@
-"""The re-clustering of a model's tables: read at one step, computed beside the model, committed then or at a later step."""
+"""The re-clustering of a model: read at one step, computed beside it, committed then or at a later step."""
 
-import logging
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,193 +9,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cce_torchrec.distributed.sharded_collection import ShardedCompressedEmbeddingBagCollection
-from cce_torchrec.lowering import DecodedTable, LoweredTable, Table
-from cce_torchrec.methods.cce import CCERowMap
-from cce_torchrec.methods.cce_robe import CCERobeDecoder
-from cce_torchrec.recluster.catch_up import moved_codebooks, moved_memories
+from cce_torchrec.lowering import DecodedTable, Table
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives, ProcessGroupCollectives
 from cce_torchrec.recluster.config import ReclusterConfig, TableReport
-from cce_torchrec.recluster.counts import choose_ids
 from cce_torchrec.recluster.gradients import Collection, reclusterable_tables
 from cce_torchrec.recluster.stores import Store
-from cce_torchrec.recluster.table import recluster_table
-from cce_torchrec.recluster.table_state import NewTable, TableState
-from cce_torchrec.recluster.windows import NewWindows, WindowsState, recluster_windows, stores
+from cce_torchrec.recluster.table_work import CodebooksWork, TableWork, WindowsWork
 from cce_torchrec.sums_by_id import SumsById
-
-logger = logging.getLogger(__name__)
-
-
-class TableWork(ABC):
-    """The re-clustering of one table.
-
-    Args:
-        table: it.
-    """
-
-    def __init__(self, table: Table) -> None:
-        self.table, self.seconds = table, 0.0
-        self.new: NewTable | NewWindows | None = None
-
-    @abstractmethod
-    def compute(self, seed: int, config: ReclusterConfig, collectives: Collectives) -> None:
-        """Set ``new``, from what was read; it stays ``None`` where nothing is to change. Collective."""
-
-    @abstractmethod
-    def catch_up(self, store: Store, config: ReclusterConfig, collectives: Collectives) -> None:
-        """Move ``new`` as far as the table was trained since it was read. Collective."""
-
-    @abstractmethod
-    def commit(self, store: Store) -> dict[str, Tensor]:
-        """Put ``new`` in place, but for the codebooks that are returned, by name; nothing here waits for another rank."""
-
-    @property
-    @abstractmethod
-    def version(self) -> int:
-        """How many times the table has been re-clustered."""
-
-    def report(self) -> TableReport:
-        """What became of the table, after :meth:`commit`."""
-        assert self.new is not None
-        return TableReport(
-            table=self.table.name,
-            version=self.version,
-            relative_squared_error=self.new.relative_squared_error,
-            moved_fraction=self.new.moved_fraction,
-            empty_clusters=self.new.empty_clusters,
-            seconds=self.seconds,
-        )
-
-    def _warn_of_stale_state(self, part: str) -> None:
-        logger.warning(
-            "Table %r was re-clustered, but no optimizer of its codebook %r is known, so its state is stale: pass "
-            "the one that trains it as `optimizer=`.",
-            self.table.name,
-            part,
-        )
-
-
-class CodebooksWork(TableWork):
-    """A table whose ids have rows of codebooks.
-
-    Args:
-        table: it.
-        store: where its codebooks are; they are read, collectively.
-        weights_V: of its ids.
-        gradients: recorded of it on this rank.
-        counts: of its ids on this rank, where it has any.
-        config: whether optimizer state is carried, and so read.
-    """
-
-    new: NewTable | None
-
-    def __init__(
-        self,
-        table: LoweredTable,
-        store: Store,
-        weights_V: Tensor | None,
-        gradients: SumsById | None,
-        counts: SumsById | None,
-        config: ReclusterConfig,
-    ) -> None:
-        super().__init__(table)
-        assert isinstance(table.row_map, CCERowMap)
-        self._row_map, self._names, self._counts = table.row_map, table.physical_names, counts
-        codebooks = [store.read(name) for name in self._names]
-        if config.optimizer_state == "carry":
-            pairs = zip(self._names, codebooks, strict=True)
-            states = [store.read_optimizer(name, len(codebook)) for name, codebook in pairs]
-        else:
-            states = [codebook.new_zeros(len(codebook), 0) for codebook in codebooks]
-        self._state = TableState(
-            name=table.name,
-            row_map=self._row_map,
-            rows=self._row_map.rows,
-            codebooks=codebooks,
-            optimizer_state=states,
-            weights_V=weights_V,
-            gradients=gradients,
-        )
-
-    def compute(self, seed: int, config: ReclusterConfig, collectives: Collectives) -> None:
-        started = time.perf_counter()
-        chosen = choose_ids(self._state.name, self._row_map, self._state.weights_V, self._counts, collectives)
-        if chosen is None or len(chosen):
-            state = replace(self._state, chosen_ids=chosen)
-            self.new = recluster_table(state, seed=seed, config=config, collectives=collectives)
-        self.seconds = time.perf_counter() - started
-
-    def catch_up(self, store: Store, config: ReclusterConfig, collectives: Collectives) -> None:
-        if self.new is not None:
-            trained = [store.read(name) for name in self._names]
-            codebooks = moved_codebooks(self._state, self.new, trained, config, collectives)
-            self.new = replace(self.new, codebooks=codebooks)
-
-    def commit(self, store: Store) -> dict[str, Tensor]:
-        if self.new is None:
-            return {}
-        for name, state_RS, codebook in zip(self._names, self.new.optimizer_state, self.new.codebooks, strict=True):
-            store.write_optimizer(name, state_RS, len(codebook))
-            if store.trained_elsewhere(name):
-                self._warn_of_stale_state(name)
-        self._row_map.replace(self.new.assignments, self.new.ids, self.new.helper_coefficients)
-        return dict(zip(self._names, self.new.codebooks, strict=True))
-
-    @property
-    def version(self) -> int:
-        return int(self._row_map.version)
-
-
-class WindowsWork(TableWork):
-    """A table whose ids have windows of a circular memory.
-
-    Args:
-        table: it.
-        optimizer: the one that trains its memories, unless one was applied in backward.
-        weights_V: of its ids.
-        gradients: recorded of it on this rank.
-        config: whether optimizer state is carried, and so read.
-    """
-
-    new: NewWindows | None
-
-    def __init__(
-        self,
-        table: DecodedTable,
-        optimizer: Optimizer | None,
-        weights_V: Tensor | None,
-        gradients: SumsById | None,
-        config: ReclusterConfig,
-    ) -> None:
-        super().__init__(table)
-        assert isinstance(table.decoder, CCERobeDecoder)
-        self._decoder, self._optimizer = table.decoder, optimizer
-        self._state = WindowsState.read(table.name, table.decoder, optimizer, weights_V, gradients, config)
-
-    def compute(self, seed: int, config: ReclusterConfig, collectives: Collectives) -> None:
-        started = time.perf_counter()
-        self.new = recluster_windows(self._state, seed=seed, config=config, collectives=collectives)
-        self.seconds = time.perf_counter() - started
-
-    def catch_up(self, store: Store, config: ReclusterConfig, collectives: Collectives) -> None:
-        assert self.new is not None
-        main, helper = stores(self._decoder, self._optimizer)
-        trained = main.read(), helper.read()
-        self.new = replace(self.new, memories=moved_memories(self._state, self.new, trained, config, collectives))
-
-    def commit(self, store: Store) -> dict[str, Tensor]:
-        assert self.new is not None
-        if self.new.commit(self._decoder, self._optimizer):
-            self._warn_of_stale_state("memory")
-        return {}
-
-    @property
-    def version(self) -> int:
-        return int(self._decoder.version)
 
 
 class CollectionWork:
-    """The re-clustering of one collection's tables; made by reading all they are made of, collectively.
+    """The re-clustering of one collection's tables; collective, as all of its steps.
 
     Args:
         collection: sharded or not.
@@ -228,16 +48,22 @@ class CollectionWork:
             self._store = Store(collection, optimizer, self._collectives)
             self.gradients = _recorded(collection, self._collectives)
             self.tables = [
-                self._read(table, id_weights.get(table.name), self.gradients.get(table.name))
+                self._work(table, id_weights.get(table.name), self.gradients.get(table.name))
                 for table in reclusterable_tables(collection)
             ]
 
-    def _read(self, table: Table, weights_V: Tensor | None, gradients: SumsById | None) -> TableWork:
+    def _work(self, table: Table, weights_V: Tensor | None, gradients: SumsById | None) -> TableWork[Any, Any]:
         if isinstance(table, DecodedTable):
             return WindowsWork(table, self._optimizer, weights_V, gradients, self._config)
         counts = self.collection.id_counts.by_table.get(table.name)
         counted = None if counts is None else counts.sums().snapshot()
         return CodebooksWork(table, self._store, weights_V, gradients, counted, self._config)
+
+    def read(self) -> None:
+        """Keep what the tables are made of now."""
+        with self._collectives.one_fails_all_fail():
+            for table in self.tables:
+                table.read()
 
     def compute(self, seed: int, collectives: Collectives | None = None) -> None:
         """Cluster all tables, over other collectives than those of the process group where they are given."""
@@ -247,7 +73,7 @@ class CollectionWork:
                 table.compute(seed, self._config, collectives)
 
     def catch_up(self) -> None:
-        """Move what was computed as far as the tables were trained since they were read."""
+        """Move what was computed as far as the tables were trained since :meth:`read`."""
         with self._collectives.one_fails_all_fail():
             self._store = Store(self.collection, self._optimizer, self._collectives)
             for table in self.tables:
@@ -263,7 +89,7 @@ class CollectionWork:
 
 
 class Reclustering:
-    """The re-clustering of a model, in three steps; made by reading the model, all steps are collective.
+    """The re-clustering of a model; collective, as all of its steps.
 
     Args:
         collections: of the model.
@@ -290,8 +116,14 @@ class Reclustering:
         ]
 
     @torch.no_grad()
+    def read(self) -> None:
+        """Keep what the tables are made of now, so that they may be trained on before they are put in place."""
+        for part in self.parts:
+            part.read()
+
+    @torch.no_grad()
     def compute(self, collectives: Sequence[Collectives] | None = None) -> None:
-        """Cluster all tables, beside the model, which is only read.
+        """Cluster all tables, one after another, beside the model.
 
         Args:
             collectives: of each collection; those of its process group where ``None``.
@@ -301,7 +133,7 @@ class Reclustering:
 
     @torch.no_grad()
     def catch_up(self) -> None:
-        """Move what was computed as far as the tables were trained since they were read."""
+        """Move what was computed as far as the tables were trained since :meth:`read`."""
         for part in self.parts:
             part.catch_up()
 

@@ -17,7 +17,7 @@ from unittest import mock
 import torch.distributed.checkpoint.filesystem as dcp_files
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cce_torchrec.recluster import work as recluster_work
+from cce_torchrec.recluster import table_work as recluster_work
 from dlrm_example.train import main
 from dlrm_example.trainer import Trainer
 

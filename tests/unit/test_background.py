@@ -264,14 +264,14 @@ def test_a_program_that_fails_meanwhile_ends() -> None:
     script = """
 import torch
 from cce_torchrec import recluster_in_background
-from cce_torchrec.recluster import work
+from cce_torchrec.recluster import table_work
 from tests.unit.cce_tables import build
 
 def forever(state, *, seed, config, collectives):
     while True:
         collectives.all_reduce_sum(torch.zeros(1))
 
-work.recluster_table = forever
+table_work.recluster_table = forever
 recluster_in_background(build(), seed=0)
 raise SystemExit(3)
 """
