@@ -3,11 +3,17 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from cce_torchrec import recluster_in_background
+from cce_torchrec.recluster import schedule
+from cce_torchrec.recluster.gradients import collections_to_recluster
 from dlrm_example import checkpoints
 from dlrm_example.checkpoints import complete_checkpoints, remove_all_but_the_last_and_best
 from dlrm_example.config import TrainConfig, UsageError
@@ -107,6 +113,35 @@ def test_a_resumed_run_is_the_undisturbed_one(
     assert index == {"last": f"step_{4 * STEPS}", "best": f"step_{best}"}
     assert summary.samples == 4 * STEPS * 64
     assert without_times(vars(train(config))) == without_times(vars(summary)), "a finished run has no steps left"
+
+
+def test_a_reclustering_beside_the_training_is_committed_after_a_stop(
+    small_config: Configs, interrupt: Interrupt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it is under way, with the gradients that it was begun from in the checkpoint."""
+    config = small_config(
+        "run",
+        **{"method": "cce", "compression": 4.0, "epochs": 4, "checkpoint_every_steps": 14},
+        **{"recluster_count": 1, "recluster_stop_after": 0.5, "recluster_background_steps": 9},
+    )
+    taken = []
+
+    def begin(module: nn.Module, **options: Any) -> Any:
+        under_way = recluster_in_background(module, **options)
+        (collection,) = collections_to_recluster(module)
+        taken.append({table: sums.sums()[1] for table, sums in under_way.gradients(collection).items()})
+        return under_way
+
+    monkeypatch.setattr(schedule, "recluster_in_background", begin)
+    interrupt(15)
+    with pytest.raises(Interrupted):
+        train(config)
+    interrupt(0)
+    train(replace(config, resume=True))
+    assert [row["step"] for row in read_metrics(Path(config.run_dir)) if row["event"] == "recluster"] == [12 + 9]
+    assert len(taken) == 2
+    assert all(len(sums_UW) for sums_UW in taken[0].values())
+    torch.testing.assert_close(*taken, rtol=0, atol=0)
 
 
 def test_a_failing_save_leaves_the_checkpoint_before_it(small_config: Configs, monkeypatch: pytest.MonkeyPatch) -> None:

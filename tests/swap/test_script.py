@@ -81,6 +81,7 @@ def test_a_script_as_it_is(tmp_path: Path, world_size: int) -> None:
         ("{every_steps: 6, stop_after_fraction: 0.5}", [6, 12, 30, 36]),  # the first half of each epoch
         ("{every_steps: 6, stop_after_fraction: 0.5, epochs: 2}", [6, 12, 18, 24]),
         ("{every_steps: 6, stop_after_fraction: 0.5, total_steps: 26}", [6, 12]),
+        ("{every_steps: 6, background_steps: 3, total_steps: 26}", [9, 15, 21]),
     ],
 )
 def test_when_it_stops(tmp_path: Path, recluster: str, steps: list[int]) -> None:
