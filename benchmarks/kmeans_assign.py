@@ -29,6 +29,7 @@ from cce_torchrec.recluster.collectives import LocalCollectives
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.seeding import Share, seed_centroids
+from cce_torchrec.recluster.together import run_together
 from dlrm_example.provenance import provenance
 from dlrm_example.report import markdown_table
 
@@ -139,10 +140,14 @@ def main() -> None:
     N, K = args.points, args.centroids
     points_ND, ids_N = cce_column(N, K, args.dim, seed=0), torch.arange(N)
     share = Share(points_ND=points_ND, ids_N=ids_N, weights_N=torch.ones(N, dtype=torch.float64))
-    centroids_KD = seed_centroids(share, K, 0, LocalCollectives())
+
+    def seeding() -> torch.Tensor:
+        return run_together([seed_centroids(share, K, 0)], LocalCollectives())[0]
+
+    centroids_KD = seeding()
     ours: dict[str, Callable[[], object]] = {
         "assign_nearest": lambda: assign_nearest(points_ND, centroids_KD),
-        "seeding": lambda: seed_centroids(share, K, 0, LocalCollectives()),
+        "seeding": seeding,
         "a fit": lambda: kmeans(points_ND, K, seed=0, point_ids_N=ids_N, num_iterations=25, tolerance=0.0),
         "a re-clustering": lambda: recluster_table(args.embeddings, K, args.dim, args.columns),
     }

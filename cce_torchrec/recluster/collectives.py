@@ -2,8 +2,8 @@
 
 The maths calls ``collectives.all_reduce_sum(...)`` and is the same code on one process and on many; this file is the only
 place of the re-clustering that knows ``torch.distributed``. Every method is collective: all ranks call it, in the same
-order. Work that may fail on one rank alone goes in a ``with collectives.guard():`` block, after which either every rank
-goes on or every rank raises, so that no rank is left waiting in a collective that another one never reaches.
+order. Each begins with one number of every rank, which says how many rows it has or that it has failed. So in a ``with
+collectives.one_fails_all_fail():`` block, where one rank raises all do, and none is left waiting for another.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 _LONGEST_MESSAGE = 2000
+_FAILED = -1
 
 
 class Collectives(ABC):
@@ -26,12 +27,26 @@ class Collectives(ABC):
     has_failed: bool = False  # whether an agreement has already told every rank of a failure
 
     @abstractmethod
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's ``tensor`` (same shape and dtype on all ranks), as a new tensor on its device."""
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's ``tensor``, on its device; not in place. All have the same shape and dtype."""
 
     @abstractmethod
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's ``tensor``, in rank order, on its device. All have the same shape and dtype."""
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's ``tensor`` (same shape and dtype on all ranks), as a new tensor on its device."""
+        self.agree()
+        return self._sum(tensor.detach())
+
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
         """Every rank's ``tensor`` concatenated along dim 0 in rank order; dim 0 may differ and may be 0."""
+        counts = self._announce(len(tensor))
+        return self._gather_rows(tensor.detach(), counts)
+
+    def is_mine(self, number: int) -> bool:
+        """Whether this rank is the one to do a piece of work for all ranks, of several that are numbered."""
+        return number % self.world_size == self.rank
 
     def agree(self, error: Exception | None = None) -> None:
         """Tell every rank whether any rank failed, and raise the same error on all of them if so.
@@ -43,34 +58,35 @@ class Collectives(ABC):
             RuntimeError: on every rank, naming the ranks that failed and why; this rank's own error is its cause.
             Exception: ``error`` itself where every rank failed, as on bad input that all of them see.
         """
-        failed = int(self.all_reduce_sum(torch.tensor([0 if error is None else 1])))
-        if failed == 0:
-            return
+        self._announce(0, error)
+
+    def _announce(self, count: int, error: Exception | None = None) -> list[int]:
+        """Every rank's count, unless one has failed: then as :meth:`agree`."""
+        number = torch.tensor([count if error is None else _FAILED])
+        counts: list[int] = torch.cat(self._gather(number)).tolist()
+        if min(counts) != _FAILED:
+            return counts
         self.has_failed = True
-        if failed == self.world_size and error is not None:
+        if max(counts) == _FAILED and error is not None:
             raise error
         text = "" if error is None else f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
-        letters = torch.tensor([[self.rank, ord(letter)] for letter in text], dtype=torch.int64).reshape(-1, 2)
+        lengths = torch.cat(self._gather(torch.tensor([len(text)]))).tolist()
+        letters_L2 = torch.tensor([[self.rank, ord(letter)] for letter in text], dtype=torch.int64).view(-1, 2)
         messages: dict[int, str] = {}
-        for rank, letter in self.all_gather_rows(letters).tolist():
+        for rank, letter in self._gather_rows(letters_L2, lengths).tolist():
             messages[rank] = messages.get(rank, "") + chr(letter)
         reasons = "; ".join(f"rank {rank}: {message}" for rank, message in sorted(messages.items()))
         raise RuntimeError(f"failed on {len(messages)} of {self.world_size} ranks: {reasons}") from error
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Run local work, then :meth:`agree` on how it went. The block itself must not call a collective.
-
-        Example:
-            >>> with LocalCollectives().guard():
-            ...     rows = [1, 2, 3]
-        """
-        error: Exception | None = None
-        try:
-            yield
-        except Exception as raised:  # whatever it is, the other ranks must hear of it
-            error = raised
-        self.agree(error)
+    def _gather_rows(self, tensor: Tensor, counts: list[int]) -> Tensor:
+        """Every rank's rows, given how many each has: they travel padded to the longest share."""
+        longest = max(counts)
+        if longest == 0:
+            return tensor.clone()
+        if len(tensor) < longest:
+            tensor = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
+        shares = [share[:count] for share, count in zip(self._gather(tensor), counts, strict=True)]
+        return shares[0] if len(shares) == 1 else torch.cat(shares)
 
     @contextmanager
     def one_fails_all_fail(self) -> Iterator[None]:
@@ -92,13 +108,11 @@ class Collectives(ABC):
 class LocalCollectives(Collectives):
     """One process, nobody to talk to: sums and gathers return their input."""
 
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
+    def _sum(self, tensor: Tensor) -> Tensor:
         return tensor
 
-    def all_gather_rows(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
-        return tensor
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
 
 
 class ProcessGroupCollectives(Collectives):
@@ -118,40 +132,14 @@ class ProcessGroupCollectives(Collectives):
             nccl = "nccl" in dist.get_backend(process_group)
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self._device = torch.device(device)
-        self._is_agreeing = False
 
-    def agree(self, error: Exception | None = None) -> None:
-        """As the base class's; the collectives it calls do not agree in their turn."""
-        self._is_agreeing = True
-        try:
-            super().agree(error)
-        finally:
-            self._is_agreeing = False
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's ``tensor``, on the device of this rank's."""
-        self._agree_first()
-        total = tensor.detach().to(self._device, copy=True, memory_format=torch.contiguous_format)
+    def _sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.to(self._device, copy=True, memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=self._group)
         return total.to(tensor.device)
 
-    def all_gather_rows(self, tensor: Tensor) -> Tensor:
-        """Every rank's rows in rank order: the sizes first, then the rows padded to the longest share."""
-        self._agree_first()
-        local = tensor.detach().to(self._device).contiguous()
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self._device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([local.shape[0]], device=self._device), group=self._group)
-        counts = [int(size) for size in sizes]
-        longest = max(counts)
-        if longest == 0:
-            return tensor.detach().clone()
-        padded = local.new_zeros((longest, *local.shape[1:]))
-        padded[: local.shape[0]] = local
-        shares = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(shares, padded, group=self._group)
-        return torch.cat([share[:count] for share, count in zip(shares, counts, strict=True)]).to(tensor.device)
-
-    def _agree_first(self) -> None:
-        """Hear of a rank that failed where it will never reach the collective that this one is about to call."""
-        if not self._is_agreeing:
-            self.agree()
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        mine = tensor.to(self._device).contiguous()
+        shares = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(shares, mine, group=self._group)
+        return [share.to(tensor.device) for share in shares]

@@ -2,10 +2,11 @@
 
     minimise  sum_n w_n min_k |x_n - c_k|^2      over the centroids c_1 .. c_K
 
-Every rank passes its own share of the points; what leaves a rank are the candidates of a seeding round and one sum an
-iteration, through the :class:`~cce_torchrec.recluster.collectives.Collectives` it is given. The result does not depend on
-how the points are split: random draws are hashes of (seed, round, point id), sums are float64, and the nearest centroid
-is exact, so rounding in a matrix product cannot send a point elsewhere on another rank.
+Every rank passes its own share of the points; what leaves a rank are the candidates and picks of a seeding round and one sum
+an iteration, through the :class:`~cce_torchrec.recluster.collectives.Collectives` it is given; fits that run together share
+their messages. The result does not depend on how the points are split: random draws are hashes of (seed, round, point id),
+sums are float64, and the nearest centroid is exact, so rounding in a matrix product cannot send a point elsewhere on another
+rank.
 
 Where centroids start is in ``seeding.py``; the nearest centroid, where the time goes, in ``nearest.py``.
 
@@ -24,6 +25,7 @@ from cce_torchrec.native.nearest import add_moments
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
 from cce_torchrec.recluster.nearest import Tracker, slices
 from cce_torchrec.recluster.seeding import Share, draw, seed_centroids
+from cce_torchrec.recluster.together import Rows, Steps, Sum, run_together
 
 _MOMENTS_CHUNK = 1 << 14  # points whose float64 copies are held at a time
 
@@ -51,7 +53,6 @@ class KMeansResult:
     converged: bool
 
 
-@torch.no_grad()
 def kmeans(
     points_ND: Tensor,
     num_centroids: int,
@@ -99,24 +100,48 @@ def kmeans(
         >>> kmeans(points, 2, seed=0, point_ids_N=torch.arange(4)).centroids_KD.flatten().sort().values
         tensor([0.1000, 5.1000])
     """
-    ranks = LocalCollectives() if collectives is None else collectives
-    with ranks.guard():
-        _check_arguments(points_ND, num_centroids, point_ids_N, weights_N, num_iterations, initial_centroids_KD)
-        dtype = torch.float64 if points_ND.dtype == torch.float64 else torch.float32
-        points_ND = points_ND.detach().to(dtype)
-        weights_N = points_ND.new_ones(len(points_ND)) if weights_N is None else weights_N.detach()
-        weights_N = weights_N.to(points_ND.device, torch.float64)
+    steps = kmeans_steps(
+        points_ND,
+        num_centroids,
+        seed=seed,
+        point_ids_N=point_ids_N,
+        weights_N=weights_N,
+        num_iterations=num_iterations,
+        tolerance=tolerance,
+        initial_centroids_KD=initial_centroids_KD,
+        block=block,
+    )
+    return run_together([steps], LocalCollectives() if collectives is None else collectives)[0]
+
+
+def kmeans_steps(
+    points_ND: Tensor,
+    num_centroids: int,
+    *,
+    seed: int,
+    point_ids_N: Tensor,
+    weights_N: Tensor | None = None,
+    num_iterations: int = 25,
+    tolerance: float = 1e-4,
+    initial_centroids_KD: Tensor | None = None,
+    block: int | None = None,
+) -> Steps[KMeansResult]:
+    """:func:`kmeans` of the same arguments, for :func:`~cce_torchrec.recluster.together.run_together` with others."""
+    _check_arguments(points_ND, num_centroids, point_ids_N, weights_N, num_iterations, initial_centroids_KD)
+    dtype = torch.float64 if points_ND.dtype == torch.float64 else torch.float32
+    points_ND = points_ND.detach().to(dtype)
+    weights_N = points_ND.new_ones(len(points_ND)) if weights_N is None else weights_N.detach()
+    weights_N = weights_N.to(points_ND.device, torch.float64)
     options = derive_seed(seed, num_iterations, tolerance, initial_centroids_KD is None)
-    _check_together(points_ND, weights_N, num_centroids, options, ranks)
+    yield from _check_together(points_ND, weights_N, num_centroids, options)
     share = Share(points_ND=points_ND.contiguous(), ids_N=point_ids_N.to(points_ND.device), weights_N=weights_N)
     if initial_centroids_KD is not None:
         centroids_KD = initial_centroids_KD.detach().to(share.points_ND)
     else:
-        centroids_KD = seed_centroids(share, num_centroids, seed, ranks)
-    return _lloyd(share, centroids_KD, seed, num_iterations, tolerance, ranks, block)
+        centroids_KD = yield from seed_centroids(share, num_centroids, seed)
+    return (yield from _lloyd(share, centroids_KD, seed, num_iterations, tolerance, block))
 
 
-@torch.no_grad()
 def _check_arguments(
     points_ND: Tensor,
     num_centroids: int,
@@ -139,16 +164,14 @@ def _check_arguments(
         raise ValueError(f"initial centroids must be {expected}, got {tuple(initial_centroids_KD.shape)}.")
 
 
-def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, options: int, ranks: Collectives) -> None:
+def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, options: int) -> Steps[None]:
     """What the ranks can only see together; raises the same ValueError on all of them."""
-    with ranks.guard():
-        limit = math.sqrt(torch.finfo(points_ND.dtype).max / points_ND.shape[1]) / 16
-        bad_points = int((~(points_ND.abs() < limit).all(dim=1)).sum())
-        bad_weights = int((~((weights_N >= 0) & (weights_N < torch.inf))).sum())
-        counts = [bad_points, bad_weights, int((weights_N > 0).sum()), len(points_ND)]
-        same = [num_centroids, points_ND.shape[1], points_ND.dtype.itemsize, options]
-        local = torch.tensor([counts + same])
-    table = ranks.all_gather_rows(local)
+    limit = math.sqrt(torch.finfo(points_ND.dtype).max / points_ND.shape[1]) / 16
+    bad_points = int((~(points_ND.abs() < limit).all(dim=1)).sum())
+    bad_weights = int((~((weights_N >= 0) & (weights_N < torch.inf))).sum())
+    counts = [bad_points, bad_weights, int((weights_N > 0).sum()), len(points_ND)]
+    same = [num_centroids, points_ND.shape[1], points_ND.dtype.itemsize, options]
+    table = yield Rows(torch.tensor([counts + same]))
     bad_points, bad_weights, usable, total = table[:, :4].sum(dim=0).tolist()
     options_name = "the digest of seed, num_iterations, tolerance and whether there are initial centroids"
     names = ("num_centroids", "the dimension of the points", "the bytes of their numbers", options_name)
@@ -162,7 +185,7 @@ def _check_together(points_ND: Tensor, weights_N: Tensor, num_centroids: int, op
     if bad_weights:
         raise ValueError(f"{bad_weights} of {total} weights are negative or not finite.")
     if usable == 0:
-        raise ValueError(f"nothing to cluster: {total} points on {ranks.world_size} rank(s), none of positive weight.")
+        raise ValueError(f"nothing to cluster: {total} points on {len(table)} rank(s), none of positive weight.")
 
 
 def _lloyd(
@@ -171,15 +194,14 @@ def _lloyd(
     seed: int,
     num_iterations: int,
     tolerance: float,
-    ranks: Collectives,
     block: int | None,
-) -> KMeansResult:
+) -> Steps[KMeansResult]:
     """Move each centroid to the mean of its points until that no longer helps."""
     objectives: list[float] = []
     num_refilled, just_refilled = 0, True
     tracker = Tracker(share.points_ND, len(centroids_KD), block)
     while True:
-        sums_KD, counts_K, objective, costs_N = _reduced_statistics(share, centroids_KD, tracker, ranks)
+        sums_KD, counts_K, objective, costs_N = yield from _reduced_statistics(share, centroids_KD, tracker)
         empty_K = counts_K == 0
         gained_little = not just_refilled and objectives[-1] - objective <= tolerance * objectives[-1]
         converged = objective == 0 or gained_little
@@ -192,7 +214,7 @@ def _lloyd(
         means_KD = (sums_KD / counts_K[:, None]).to(centroids_KD.dtype)
         moved_KD = torch.where(empty_K[:, None], centroids_KD, means_KD)
         if len(empty):
-            found_FD = draw(share, costs_N, centroids_KD, len(empty), (seed, "refill", iterations), ranks)
+            found_FD = yield from draw(share, costs_N, centroids_KD, len(empty), (seed, "refill", iterations))
             moved_KD[empty[: len(found_FD)]] = found_FD
             just_refilled = len(found_FD) > 0
             num_refilled += len(found_FD)
@@ -209,37 +231,25 @@ def _lloyd(
 
 
 def _reduced_statistics(
-    share: Share, centroids_KD: Tensor, tracker: Tracker, ranks: Collectives
-) -> tuple[Tensor, Tensor, float, Tensor]:
-    """Sums [K, D], counts [K] and objective over all ranks; squared distances [N] of this rank.
-
-    There is one all-reduce. It also counts the ranks whose local work raised, so hearing of a failure costs nothing.
-    """
+    share: Share, centroids_KD: Tensor, tracker: Tracker
+) -> Steps[tuple[Tensor, Tensor, float, Tensor]]:
+    """Sums [K, D], counts [K] and objective over all ranks; squared distances [N] of this rank."""
     K, D = centroids_KD.shape
-    error: Exception | None = None
-    packed = torch.zeros(K * (D + 1) + 2, dtype=torch.float64, device=centroids_KD.device)
-    costs_N = share.weights_N[:0]
-    try:
-        costs_N = _local_statistics(share, centroids_KD, tracker, packed)
-    except Exception as raised:  # whatever it is, the other ranks must hear of it
-        error = raised
-        packed[-1] = 1
-    packed = ranks.all_reduce_sum(packed)
-    objective, num_failed = packed[-2:].tolist()
-    if num_failed:
-        ranks.agree(error)
-    moments_KE = packed[:-2].view(K, D + 1)
-    return moments_KE[:, :D], moments_KE[:, D], objective, costs_N
+    packed = torch.zeros(K * (D + 1) + 1, dtype=torch.float64, device=centroids_KD.device)
+    costs_N = _local_statistics(share, centroids_KD, tracker, packed)
+    packed = yield Sum(packed)
+    moments_KE = packed[:-1].view(K, D + 1)
+    return moments_KE[:, :D], moments_KE[:, D], float(packed[-1]), costs_N
 
 
 def _local_statistics(share: Share, centroids_KD: Tensor, tracker: Tracker, packed: Tensor) -> Tensor:
     """Add this rank's weighted sums, counts and objective to ``packed``; return the squared distances."""
-    moments_KE = packed[:-2].view(len(centroids_KD), -1)
+    moments_KE = packed[:-1].view(len(centroids_KD), -1)
     assignment_N, distance_N = tracker.nearest(centroids_KD)
     if not add_moments(share.points_ND, share.weights_N, assignment_N, moments_KE):
         for at in slices(len(assignment_N), _MOMENTS_CHUNK):
             moments = pad(share.points_ND[at].double(), (0, 1), value=1.0).mul_(share.weights_N[at, None])
             moments_KE.index_add_(0, assignment_N[at], moments)
     costs_N = distance_N.double()
-    packed[-2] = costs_N @ share.weights_N
+    packed[-1] = costs_N @ share.weights_N
     return costs_N

@@ -8,6 +8,7 @@ Legend: N local points, D dimensions, K centroids, M candidates, F freshly chose
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -16,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed, mix64
-from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.nearest import (
     CPU_BLOCK_ELEMENTS,
     default_block,
@@ -24,6 +24,7 @@ from cce_torchrec.recluster.nearest import (
     squared_distances,
     true_float32,
 )
+from cce_torchrec.recluster.together import Once, Rows, Steps
 
 Array: TypeAlias = NDArray[np.float64]
 
@@ -37,7 +38,7 @@ class Share:
     weights_N: Tensor  # float64
 
 
-def seed_centroids(share: Share, K: int, seed: int, ranks: Collectives) -> Tensor:
+def seed_centroids(share: Share, K: int, seed: int) -> Steps[Tensor]:
     """k-means++ in rounds: each draws as many centroids as there are, by :func:`draw`, from one set of distances."""
     points_ND = share.points_ND
     chosen_FD = points_ND[:0]
@@ -45,19 +46,17 @@ def seed_centroids(share: Share, K: int, seed: int, ranks: Collectives) -> Tenso
     exact = False
     for round_ in range(2 * K):
         wanted = min(K - len(chosen_FD), len(chosen_FD) + 1)
-        found_FD = draw(share, costs_N, chosen_FD, wanted, (seed, "seeding", round_), ranks)
+        found_FD = yield from draw(share, costs_N, chosen_FD, wanted, (seed, "seeding", round_))
         if len(found_FD):
             chosen_FD = torch.cat([chosen_FD, found_FD])
             if len(chosen_FD) == K:
                 break
             new_costs_N = _costs_by_differences if exact else _costs_by_scores
-            with ranks.guard():
-                new_N = new_costs_N(points_ND, found_FD)
-                costs_N = new_N if round_ == 0 else torch.minimum(costs_N, new_N)
+            new_N = new_costs_N(points_ND, found_FD)
+            costs_N = new_N if round_ == 0 else torch.minimum(costs_N, new_N)
         elif not exact:  # what is left lies within rounding of a centroid: see it in float64
             exact = True
-            with ranks.guard():
-                costs_N = _costs_by_differences(points_ND, chosen_FD)
+            costs_N = _costs_by_differences(points_ND, chosen_FD)
         else:
             break
     repeats = torch.arange(K, device=points_ND.device) % len(chosen_FD)
@@ -88,9 +87,7 @@ def _costs_by_differences(points_ND: Tensor, centroids_FD: Tensor) -> Tensor:
     return torch.cat([squared_distances(chunk, centroids_FD).amin(dim=1) for chunk in chunks])
 
 
-def draw(
-    share: Share, costs_N: Tensor, centroids_KD: Tensor, wanted: int, key: tuple[object, ...], ranks: Collectives
-) -> Tensor:
+def draw(share: Share, costs_N: Tensor, centroids_KD: Tensor, wanted: int, key: tuple[object, ...]) -> Steps[Tensor]:
     """Up to ``wanted`` points of any rank, as sequential draws proportional to w * cost would pick them: [F, D].
 
     An exponential race: point n arrives at time E_n / (w_n cost_n), where E_n ~ Exp(1) is hashed from its id, and the
@@ -98,22 +95,26 @@ def draw(
     the same factor. Waits never shrink, so the picks are final up to the first arrival that was not gathered.
     """
     num_candidates = 2 * wanted + 16
-    with ranks.guard():
-        local = _local_candidates(share, costs_N, centroids_KD, num_candidates, key)
-    words = ranks.all_gather_rows(local).cpu()
-    ids_M = words[:, 0].contiguous()
-    times_M, costs_M = words[:, 1:3].T.contiguous().view(torch.float64)
-    points_MD = words[:, 3:].contiguous().view(torch.float64)
+    words_MX = yield Rows(_local_candidates(share, costs_N, centroids_KD, num_candidates, key).cpu())
+    picked_F1 = yield Once(partial(_pick, words_MX, wanted, num_candidates))
+    return words_MX[picked_F1[:, 0], 3:].view(torch.float64).to(share.points_ND)
+
+
+def _pick(words_MX: Tensor, wanted: int, num_candidates: int) -> Tensor:
+    """Which of all ranks' candidates :func:`draw` picks, int64 [F, 1]; they come in any order."""
+    ids_M = words_MX[:, 0].contiguous()
+    times_M, costs_M = words_MX[:, 1:3].T.contiguous().view(torch.float64)
+    points_MD = words_MX[:, 3:].contiguous().view(torch.float64)
     by_id = ids_M.argsort()
     order = by_id[times_M[by_id].argsort(stable=True)][:num_candidates]
     picked = _race(points_MD[order].numpy(), times_M[order].numpy(), costs_M[order].numpy(), wanted, num_candidates)
-    return points_MD[order][picked].to(share.points_ND)
+    return order[picked][:, None]
 
 
 def _race(points_MD: Array, times_M: Array, costs_M: Array, wanted: int, num_candidates: int) -> list[int]:
     """The picks of :func:`draw` among candidates in the order of their times, float64.
 
-    In NumPy: every rank runs this alike, and it is a thousand small steps, of which each takes PyTorch three times as long.
+    In NumPy: it is a thousand small steps, of which each takes PyTorch three times as long.
     """
     horizon = times_M[-1] if len(times_M) == num_candidates else math.inf
     picked: list[int] = []

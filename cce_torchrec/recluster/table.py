@@ -19,6 +19,8 @@ Shapes: V ids, N ids of a batch, H hot ids, C columns, A codebooks with assignme
 column (A * K main, then hot, then helper rows), D dims of a column, S optimizer-state values a row.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,11 @@ from cce_torchrec.methods.assignments import find_sorted
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.gradients import gather_sums, most_sensitive_ids, steps_from
-from cce_torchrec.recluster.kmeans import kmeans
+from cce_torchrec.recluster.kmeans import kmeans_steps
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.table_state import NewTable, TableState, Vectors
 from cce_torchrec.recluster.table_sums import TableSums
+from cce_torchrec.recluster.together import run_together
 from cce_torchrec.recluster.vocabulary import (
     Block,
     check_finite,
@@ -39,6 +42,7 @@ from cce_torchrec.recluster.vocabulary import (
     moved_sample,
     sample,
 )
+from cce_torchrec.recluster.workspace import columns_together
 from cce_torchrec.sums_by_id import SumsById
 
 
@@ -121,7 +125,7 @@ def _fit_centroids(
     config: ReclusterConfig,
     collectives: Collectives,
 ) -> list[Tensor]:
-    """K-means on a sample of the ids that are not hot, column by column and level by level: [A, K, D] of each column."""
+    """K-means on a sample of the ids that are not hot: [A, K, D] of each column."""
     num_rows = state.row_map.level_rows
     size = config.points_per_centroid * num_rows
     num_ids = state.row_map.num_embeddings if block.ids is None else len(block.ids)
@@ -132,26 +136,52 @@ def _fit_centroids(
         if float(collectives.all_reduce_sum(weights_N.sum()[None])) == 0:  # all that matter are hot
             shape = state.row_map.num_assigned, num_rows
             return [codebook.new_zeros(*shape, codebook.shape[1]) for codebook in state.codebooks]
+    together = columns_together(state.row_map, config, collectives.world_size)
     centroids = []
-    for column, codebook in enumerate(state.codebooks):
+    for columns in torch.arange(len(state.codebooks)).split(together):
         batches = ids_N.split(config.decode_batch_size)
-        points_ND = torch.cat(
-            [codebook[:0], *(vectors(column, batch_N, state.rows(batch_N)[column]) for batch_N in batches)]
+        centroids += _fit_levels(
+            state, _points(vectors, columns.tolist(), batches), ids_N, weights_N, seed, config, collectives
         )
-        levels: list[Tensor] = []
-        for level in range(state.row_map.num_assigned):
-            if level:
-                points_ND = points_ND - levels[-1][assign_nearest(points_ND, levels[-1])[0]]
-            result = kmeans(
+    return centroids
+
+
+def _points(vectors: Vectors, columns: list[int], batches: Sequence[Tensor]) -> dict[int, Tensor]:
+    """The vectors of the sample by column, [N, D] of each."""
+    parts = {column: [vectors.state.codebooks[column][:0]] for column in columns}
+    for ids_N in batches:
+        rows_CNR = vectors.state.rows(ids_N)
+        for column, of_column in parts.items():
+            of_column.append(vectors(column, ids_N, rows_CNR[column]))
+    return {column: torch.cat(of_column) for column, of_column in parts.items()}
+
+
+def _fit_levels(
+    state: TableState,
+    points: dict[int, Tensor],
+    ids_N: Tensor,
+    weights_N: Tensor,
+    seed: int,
+    config: ReclusterConfig,
+    collectives: Collectives,
+) -> list[Tensor]:
+    """K-means of some columns together, level by level: [A, K, D] of each column."""
+    levels: list[list[Tensor]] = []
+    for level in range(state.row_map.num_assigned):
+        if level:
+            for (column, points_ND), centroids_KD in zip(points.items(), levels[-1], strict=True):
+                points[column] = points_ND - centroids_KD[assign_nearest(points_ND, centroids_KD)[0]]
+        fits = [
+            kmeans_steps(
                 points_ND,
-                num_rows,
+                state.row_map.level_rows,
                 seed=derive_seed(seed, column, *([level] if level else [])),
                 point_ids_N=ids_N,
                 weights_N=weights_N,
                 num_iterations=config.num_iterations,
                 tolerance=config.tolerance,
-                collectives=collectives,
             )
-            levels.append(result.centroids_KD)
-        centroids.append(torch.stack(levels))
-    return centroids
+            for column, points_ND in points.items()
+        ]
+        levels.append([result.centroids_KD for result in run_together(fits, collectives)])
+    return [torch.stack(of_column) for of_column in zip(*levels, strict=True)]

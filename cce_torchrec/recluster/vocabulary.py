@@ -152,14 +152,15 @@ def moved_fraction(before_CN: Tensor, after_CN: Tensor, num_clusters: int, colle
         num_clusters: they are in [0, num_clusters).
         collectives: how to reach the other ranks.
     """
-    stayed = total = 0
-    for before_N, after_N in zip(before_CN, after_CN, strict=True):
-        pairs_N = collectives.all_gather_rows(before_N * num_clusters + after_N)
+    pairs_NC = collectives.all_gather_rows((before_CN * num_clusters + after_CN).T)
+    stayed = torch.zeros(1, dtype=torch.int64, device=before_CN.device)
+    for column, pairs_N in enumerate(pairs_NC.T):
+        if not collectives.is_mine(column):
+            continue
         pairs, counts = torch.unique(pairs_N, return_counts=True)
         most = torch.zeros(num_clusters, dtype=torch.int64, device=before_CN.device)
-        most.scatter_reduce_(0, pairs // num_clusters, counts, "amax")
-        stayed, total = stayed + int(most.sum()), total + len(pairs_N)
-    return 1 - stayed / total
+        stayed += most.scatter_reduce_(0, pairs // num_clusters, counts, "amax").sum()
+    return 1 - int(collectives.all_reduce_sum(stayed)) / pairs_NC.numel()
 
 
 def check_finite(table: str, part: str, weights: Tensor, width: int) -> None:

@@ -16,6 +16,7 @@ from cce_torchrec.native.nearest import MAX_BOUND_BYTES, MAX_GROUPS
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.nearest import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 
+_TOGETHER_BYTES = 2**28  # of the samples of all columns that are fitted together, if more than one is
 _SPREAD = 1.1  # the sample is a random one, of about its size
 _POINT_BYTES = 128  # of a sampled id, beside its vector: ids, weights, distances and draws, in 8 bytes each
 _ID_BYTES = 96  # of an id of a batch, beside its vector and rows
@@ -57,14 +58,36 @@ def recluster_workspace(
     own_assignments = -(-len(row_map.assignments) // world_size) * row_bytes
     chosen = 8 * (row_map.storage.num_hot_ids + (0 if row_map.warm_ids is None else len(row_map.warm_ids)))
     held = (own_assignments if is_sharded else assignments) + params + chosen
-    points = min(share, -(-int(_SPREAD * config.points_per_centroid * row_map.level_rows) // world_size) + 1000)
-    sample = points * (_POINT_BYTES + 3 * 4 * dim) + min(MAX_BOUND_BYTES, points * 4 * MAX_GROUPS)
+    sample = columns_together(row_map, config, world_size) * _sample_bytes(row_map, config, world_size)
     batch = min(config.decode_batch_size, share)
     lookups = columns * row_map.rows_per_id * 8
     batches = batch * (_ID_BYTES + 3 * lookups + _VECTOR_COPIES * 4 * dim)
     books = 2 * params + 2 * (2 * 8 * rows + 2 * params) + 3 * 8 * row_map.level_rows * (dim + 1)
+    points = _sampled_ids(row_map, config, world_size)
     at_once = CUDA_BLOCK_ELEMENTS if device_type == "cuda" else CPU_BLOCK_ELEMENTS
     padded_rows = row_map.level_rows + 64
     scores = 4 * min(max(points, batch) * padded_rows, max(at_once, 64 * padded_rows))
     gathered = 0 if is_sharded or world_size == 1 else assignments + 2 * own_assignments
     return Workspace(held=held, transient=books + max(max(sample, batches) + scores, gathered))
+
+
+def columns_together(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> int:
+    """Columns whose centroids are fitted at the same time: one where nothing travels, else what 256 MiB hold, evenly."""
+    columns = len(row_map.columns)
+    if world_size == 1:
+        return 1
+    at_most = max(1, _TOGETHER_BYTES // _sample_bytes(row_map, config, world_size))
+    return -(-columns // -(-columns // at_most))
+
+
+def _sample_bytes(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> int:
+    """Of one column of the sample, its bounds included."""
+    points = _sampled_ids(row_map, config, world_size)
+    per_point = _POINT_BYTES + 3 * 4 * row_map.columns[0].dim
+    return points * per_point + min(MAX_BOUND_BYTES, points * 4 * MAX_GROUPS)
+
+
+def _sampled_ids(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> int:
+    """Of one rank, at most."""
+    sampled = int(_SPREAD * config.points_per_centroid * row_map.level_rows)
+    return min(-(-row_map.num_embeddings // world_size), -(-sampled // world_size) + 1000)

@@ -78,7 +78,7 @@ class Machine:
         fit, table = work.fit, work
         of_a_fit = _dot(self.nearest, _search(fit.points, fit.num_centroids, fit.dim))
         of_a_fit += fit.iterations * _dot(self.iteration, _iteration(fit))
-        of_a_fit += _dot(self.seeding, _seeding(fit))
+        of_a_fit += _dot(self.seeding, _seeding(fit, table.num_races / table.num_fits))
         points = table.assign_distances // fit.num_centroids
         assign = _dot(self.nearest, _search(points, fit.num_centroids, fit.dim))
         walk = _dot(self.walk, _walk(table.ids, table.num_fits, fit.dim))
@@ -126,9 +126,9 @@ def _iteration(fit: Fit) -> Rate:
     return points, *(points * factor * each for factor in (root, root * root) for each in (1, fit.dim))
 
 
-def _seeding(fit: Fit) -> Rate:
+def _seeding(fit: Fit, races: float = 1) -> Rate:
     distances = fit.seeding_distances
-    return fit.points * len(fit.rounds), distances, distances * fit.dim, fit.candidate_distances
+    return fit.points * len(fit.rounds), distances, distances * fit.dim, races * fit.candidate_distances
 
 
 def _walk(ids: float, columns: int, dim: int) -> Rate:

@@ -2,7 +2,8 @@
 
     fits         c * A times K-means with K centroids on N points of d dims: seeding, then n + 1 searches for the nearest
     walk         V / W ids are decoded, assigned and added up, column by column
-    collectives  one sum an iteration, candidates of each round of seeding, all sums at the end, assignments if replicated
+    collectives  one sum an iteration, candidates and picks of each round of seeding, for all columns that are fitted
+                 together; all sums at the end, assignments if replicated
 
 What depends on the data is taken at its usual value: a seeding that draws all it wants in every round, no centroid that
 loses its points, and all n iterations, where real fits may stop earlier.
@@ -10,13 +11,14 @@ loses its points, and all n iterations, where real fits may stop earlier.
 Legend: V ids, W ranks, c columns of d dims, A codebooks with assignments a column, K rows of each, N points.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster import ReclusterConfig
 from cce_torchrec.recluster.vocabulary import MOVED_SAMPLE
-from cce_torchrec.recluster.workspace import Workspace, recluster_workspace
+from cce_torchrec.recluster.workspace import Workspace, columns_together, recluster_workspace
 
 _WORD = 8  # bytes of a float64 or int64
 
@@ -73,7 +75,7 @@ class Fit:
 
     @property
     def candidate_distances(self) -> int:
-        """Between the candidates of a race, each pick to all of them; every rank computes the same ones."""
+        """Between the candidates of a race, each pick to all of them."""
         return sum(wanted * (2 * wanted + 16) for wanted in self.rounds)
 
     @property
@@ -89,6 +91,7 @@ class ReclusterWork:
     Attributes:
         fit: of one column and level.
         num_fits: c * A.
+        num_races: of the fits, those whose races this rank runs, for all ranks.
         ids: of this rank.
         num_columns: c.
         world_size: W.
@@ -98,6 +101,7 @@ class ReclusterWork:
 
     fit: Fit
     num_fits: int
+    num_races: int
     ids: int
     num_columns: int
     world_size: int
@@ -138,13 +142,14 @@ def recluster_work(
         dim=row_map.columns[0].dim,
         iterations=config.num_iterations,
     )
-    num_fits = len(row_map.columns) * row_map.num_assigned
+    groups = _groups(row_map, config, world_size)
     messages: tuple[Message, ...] = ()
     if world_size > 1:
-        messages = _messages(row_map, fit, num_fits, share, world_size, is_sharded)
+        messages = _messages(row_map, fit, groups, share, world_size, is_sharded)
     return ReclusterWork(
         fit=fit,
-        num_fits=num_fits,
+        num_fits=len(row_map.columns) * row_map.num_assigned,
+        num_races=sum(calls * -(-together // world_size) for together, calls in groups.items()),
         ids=share,
         num_columns=len(row_map.columns),
         world_size=world_size,
@@ -153,35 +158,40 @@ def recluster_work(
     )
 
 
+def _groups(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> Counter[int]:
+    """How many columns are fitted together, and how often that is done."""
+    columns, together = len(row_map.columns), columns_together(row_map, config, world_size)
+    groups = Counter({together: columns // together * row_map.num_assigned})
+    if columns % together:
+        groups[columns % together] = row_map.num_assigned
+    return groups
+
+
 def _messages(
-    row_map: CCERowMap, fit: Fit, num_fits: int, share: int, world_size: int, is_sharded: bool
+    row_map: CCERowMap, fit: Fit, groups: Counter[int], share: int, world_size: int, is_sharded: bool
 ) -> tuple[Message, ...]:
-    """Of all collectives; each is preceded by an agreement that no rank has failed, a gather by one of the sizes."""
+    """Of all collectives; each is preceded by a number of every rank, which each group of fits also ends with."""
     rows = sum(column.num_rows for column in row_map.columns)
     summed_rows = row_map.num_helper_rows + row_map.storage.num_hot_ids
     helpers = len(row_map.columns) * summed_rows * fit.dim
     step = max(1, row_map.num_embeddings // MOVED_SAMPLE)
-    gathers = {
-        "arguments": (num_fits, 8 * _WORD),
-        "moved": (num_fits, -(-share // step) * _WORD),
-    }
-    for number, wanted in enumerate(fit.rounds):
-        candidates = min(fit.points, 2 * wanted + 16)
-        gathers[f"round {number}"] = (num_fits, candidates * (3 + fit.dim) * _WORD)
-    if not is_sharded:
-        gathers["assignments"] = (1, share * row_map.assignments.shape[1] * row_map.assignments.element_size())
+    gathers = [(1, -(-share // step) * len(row_map.columns) * row_map.num_assigned)]  # ids that moved
     sums = [
-        (1, _WORD),  # the weight of all ids, for the sample
-        (num_fits * (fit.iterations + 1), (fit.num_centroids * (fit.dim + 1) + 2) * _WORD),
-        (1, (2 + 2 * rows + helpers) * _WORD),
+        (1, 1),  # the weight of all ids, for the sample
+        (1, 2 + 2 * rows + helpers),
+        (1, 1),  # of those, the ones that stayed
     ]
-    num_gathers = sum(calls for calls, _ in gathers.values())
-    # A fit agrees on its arguments twice, and on each draw and what it costs the points; no cost follows the last draw.
-    guards = num_fits * (2 + 2 * len(fit.rounds) - 1)
-    agreements = guards + num_gathers + sum(calls for calls, _ in sums)
-    return (
-        Message("all_reduce", agreements, _WORD),
-        *(Message("all_reduce", calls, size) for calls, size in sums),
-        Message("all_gather", num_gathers, _WORD),
-        *(Message("all_gather", calls, size) for calls, size in gathers.values()),
-    )
+    for together, calls in groups.items():
+        gathers.append((calls, together * 9))  # arguments
+        for wanted in fit.rounds:
+            candidates = min(fit.points, 2 * wanted + 16)
+            gathers.append((calls, together * candidates * (4 + fit.dim)))
+            gathers.append((calls, -(-together // world_size) * wanted * 2))
+        sums.append((calls * (fit.iterations + 1), together * (fit.num_centroids * (fit.dim + 1) + 1)))
+    announced = sum(groups.values()) + sum(calls for calls, _ in gathers + sums)
+    messages = [Message("all_gather", calls, words * _WORD) for calls, words in [(announced, 1), *gathers]]
+    messages += [Message("all_reduce", calls, words * _WORD) for calls, words in sums]
+    if not is_sharded:
+        size = share * row_map.assignments.shape[1] * row_map.assignments.element_size()
+        messages += [Message("all_gather", 1, _WORD), Message("all_gather", 1, size)]
+    return tuple(messages)

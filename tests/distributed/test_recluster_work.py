@@ -1,8 +1,8 @@
 """What the model says a re-clustering does, against what one did: every collective, every distance, the memory."""
 
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from cce_torchrec import CCE, ReclusterConfig, ResidualCCE
 from cce_torchrec.methods.cce import CCERowMap
-from cce_torchrec.recluster import seeding
+from cce_torchrec.recluster import seeding, workspace
 from cce_torchrec.recluster.collectives import LocalCollectives, ProcessGroupCollectives
 from cce_torchrec.recluster.nearest import Tracker
 from cce_torchrec.recluster.table import recluster_table
@@ -27,9 +27,10 @@ METHODS = {
     "cce": CCE(num_rows=24, num_columns=4, num_helper_rows=40),
     "wide": CCE(num_rows=300, num_columns=2),
     "levels": ResidualCCE(num_rows=32, num_levels=3, num_columns=2),
+    "groups": CCE(num_rows=24, num_columns=8),  # 3, 3 and 2 columns are fitted together
 }
 CONFIG = ReclusterConfig(num_iterations=3, tolerance=0.0, decode_batch_size=2048)
-NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000}  # at most the size of the sample: all are in it
+NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000, "groups": 4000}  # at most the size of the sample: all are in it
 
 
 def row_map(name: str, device: torch.device) -> CCERowMap:
@@ -99,17 +100,26 @@ class Instrument(ExitStack):
         self.enter_context(mock.patch.object(dist, name, heard))
 
 
+@contextmanager
+def memory_of_groups(name: str, world_size: int) -> Iterator[None]:
+    """Lets "groups" have the memory for 3 of its 8 columns, and the others all that there is."""
+    share = workspace._sample_bytes(row_map(name, CPU), CONFIG, world_size)
+    with mock.patch.object(workspace, "_TOGETHER_BYTES", 3 * share if name == "groups" else 2**28):
+        yield
+
+
 def on_a_rank(rank: int, world_size: int, name: str, is_sharded: bool) -> tuple[Counter[Any], Counter[str]]:
     """A re-clustering, and what was counted."""
     state = table_state(name, rank, world_size, is_sharded=is_sharded)
     collectives = LocalCollectives() if world_size == 1 else ProcessGroupCollectives()
-    with Instrument() as instrument:
+    with Instrument() as instrument, memory_of_groups(name, world_size):
         recluster_table(state, seed=3, config=CONFIG, collectives=collectives)
     return instrument.messages, instrument.distances
 
 
 def expected(name: str, world_size: int, is_sharded: bool) -> ReclusterWork:
-    return recluster_work(row_map(name, torch.device("meta")), CONFIG, world_size, "cpu", is_sharded)
+    with memory_of_groups(name, world_size):
+        return recluster_work(row_map(name, torch.device("meta")), CONFIG, world_size, "cpu", is_sharded)
 
 
 def check(work: ReclusterWork, messages: Counter[Any], distances: Counter[str]) -> None:
@@ -119,7 +129,7 @@ def check(work: ReclusterWork, messages: Counter[Any], distances: Counter[str]) 
     assert messages == counted
     assert distances["search"] == work.num_fits * work.fit.search_distances
     assert distances["seeding"] == work.num_fits * work.fit.seeding_distances
-    assert distances["candidates"] == work.num_fits * work.fit.candidate_distances
+    assert distances["candidates"] == work.num_races * work.fit.candidate_distances
     assert distances["assign"] == work.assign_distances
 
 

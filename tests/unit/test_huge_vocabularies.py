@@ -27,9 +27,8 @@ class LastOfMany(LocalCollectives):
     world_size = V // BLOCK
     rank = world_size - 1
 
-    def agree(self, error: Exception | None = None) -> None:
-        if error is not None:
-            raise error
+    def is_mine(self, number: int) -> bool:
+        return True
 
 
 def last_block() -> CCERowMap:

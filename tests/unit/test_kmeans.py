@@ -3,7 +3,7 @@
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +17,8 @@ from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
 from cce_torchrec.recluster.kmeans import KMeansResult, kmeans
 from cce_torchrec.recluster.nearest import Search, assign_nearest
 from cce_torchrec.recluster.seeding import Share, draw
+from cce_torchrec.recluster.together import Steps, run_together
+from tests.unit.thread_ranks import on_threads
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -70,42 +72,6 @@ def objective(points_ND: Tensor, centroids_KD: Tensor, weights_N: Tensor | None 
     return float(squares.sum() if weights_N is None else squares @ weights_N.double())
 
 
-class ThreadCollectives(Collectives):
-    """Ranks that are threads of this process; waiting for a rank that never comes is an error after some seconds."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, slots: list[Any]) -> None:
-        self.rank, self.world_size = rank, len(slots)
-        self._barrier, self._slots = barrier, slots
-
-    def all_gather_rows(self, tensor: Tensor) -> Tensor:
-        self._slots[self.rank] = tensor
-        self._barrier.wait(timeout=20)
-        rows = torch.cat(self._slots)
-        self._barrier.wait(timeout=20)
-        return rows
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        return self.all_gather_rows(tensor[None]).sum(dim=0)
-
-
-def on_threads(world_size: int, work: Callable[[Collectives], Any]) -> list[Any]:
-    """What ``work`` returned or raised on each rank."""
-    barrier, slots, results = threading.Barrier(world_size), [None] * world_size, [None] * world_size
-
-    def run(rank: int) -> None:
-        try:
-            results[rank] = work(ThreadCollectives(rank, barrier, slots))
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
-
-
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -118,6 +84,11 @@ def clumps(N: int, D: int, num_clumps: int, *, spread: float, seed: int = 0) -> 
 def fit(points_ND: Tensor, K: int, seed: int = 0, **options: Any) -> KMeansResult:
     options.setdefault("point_ids_N", torch.arange(len(points_ND)))
     return kmeans(points_ND, K, seed=seed, **options)
+
+
+def alone(steps: Steps[Tensor]) -> Tensor:
+    """What a computation gives on one rank."""
+    return run_together([steps], LocalCollectives())[0]
 
 
 def sorted_rows(rows: Tensor) -> list[tuple[float, ...]]:
@@ -351,8 +322,7 @@ def test_a_draw_follows_the_sequential_law() -> None:
             expected[float(points[first]), float(points[second])] = float(chance)
     num_draws = 4000
     observed = Counter(
-        tuple(draw(share, cost, points[:1], 2, (seed, "test"), LocalCollectives()).flatten().tolist())
-        for seed in range(num_draws)
+        tuple(alone(draw(share, cost, points[:1], 2, (seed, "test"))).flatten().tolist()) for seed in range(num_draws)
     )
     assert set(observed) <= set(expected)
     for pair, chance in expected.items():
@@ -367,7 +337,7 @@ def test_a_draw_sees_exact_costs_through_the_rounding_of_those_it_is_given() -> 
     costs = brute_force(points, centroids)[1]
     for seed in range(20):
         rounded = costs * (1 + 1e-3 * normal(1000, seed=seed).double())
-        exact, noisy = (draw(share, c, centroids, 30, (seed,), LocalCollectives()) for c in (costs, rounded))
+        exact, noisy = (alone(draw(share, c, centroids, 30, (seed,))) for c in (costs, rounded))
         assert torch.equal(exact, noisy)
 
 

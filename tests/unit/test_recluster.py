@@ -200,14 +200,15 @@ def test_a_sample_is_about_as_large_as_asked_and_assignment_is_exact_all_the_sam
     from cce_torchrec.recluster import table as module
 
     sizes = []
-    real = module.kmeans
+    real = module.kmeans_steps
     monkeypatch.setattr(
-        module, "kmeans", lambda points, *args, **kw: sizes.append(len(points)) or real(points, *args, **kw)
+        module, "kmeans_steps", lambda points, *args, **kw: sizes.append(len(points)) or real(points, *args, **kw)
     )
     collection = build(cce_table(20_000, method=CCE(num_rows=8, num_columns=2)))
     before = Snapshot.of(collection)
     recluster(collection, seed=0, config=ReclusterConfig(points_per_centroid=50))
     after = Snapshot.of(collection)
+    assert len(sizes) == 2
     assert all(abs(size - 400) < 5 * 20 for size in sizes)  # Poisson
     for column, points in enumerate(before.columns()):
         nearest = torch.cdist(points, after.main[column], compute_mode="donot_use_mm_for_euclid_dist").argmin(dim=1)
