@@ -180,31 +180,23 @@ class _Interruptible(Collectives):
         self._collectives, self._stop = collectives, stop
         self.rank, self.world_size = collectives.rank, collectives.world_size
 
-    def agree(self, error: Exception | None = None) -> None:
-        with self._failures():
-            self._collectives.agree(error)
+    def _sum(self, tensor: Tensor) -> Tensor:
+        return self._collectives._sum(tensor)
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        return self._collectives._gather(tensor)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         self._check()
-        with self._failures():
-            return self._collectives.all_reduce_sum(tensor)
+        return super().all_reduce_sum(tensor)
 
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
         self._check()
-        with self._failures():
-            return self._collectives.all_gather_rows(tensor)
+        return super().all_gather_rows(tensor)
 
-    def _check(self) -> None:
+    def _check(self) -> None:  # not where ranks are told of a failure, of which this is one
         if self._stop.is_set() or not threading.main_thread().is_alive():
             raise RuntimeError("the re-clustering in the background was cancelled")
-
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Those that an agreement tells of, as any collective begins with one."""
-        try:
-            yield
-        finally:
-            self.has_failed = self._collectives.has_failed
 
 
 def _stream_after_this_one() -> Callable[[], AbstractContextManager[None]]:
