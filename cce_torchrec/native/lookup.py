@@ -70,8 +70,6 @@ class FusedLookup:
         num_kept = int(((ends_T2[:, 1] - ends_T2[:, 0]) * cached.rows_per_id_T).sum())
         inputs = self.store.inputs()
         keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        if keeps and self.store.steps and cached.num_rows > 2 * num_kept:
-            return None
         out: Tensor | None = _Lookup.apply(self, batch, num_kept if keeps else None, *inputs)
         return out
 

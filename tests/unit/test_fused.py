@@ -104,8 +104,9 @@ def test_vectors_and_gradients(name: str, single: bool, is_weighted: bool) -> No
 
 @pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_SGD], ids=str)
 @pytest.mark.parametrize(("columns", "dim"), [(4, 16), (8, 8), (4, 64), (8, 4), (3, 32), (2, 12)])
-def test_three_steps_of_an_optimizer(columns: int, dim: int, optimizer: EmbOptimType) -> None:
-    k, learning_rate, eps = 11, 0.3, 1e-3
+@pytest.mark.parametrize("k", [11, 600])  # fewer than the batch's 90 ids, and many more
+def test_three_steps_of_an_optimizer(k: int, columns: int, dim: int, optimizer: EmbOptimType) -> None:
+    learning_rate, eps = 0.3, 1e-3
     row_map = CCE(num_rows=k, num_columns=columns).row_map("t", V, columns * dim, None)
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
         [(2 * k, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * columns,
