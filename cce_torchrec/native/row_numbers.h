@@ -9,7 +9,8 @@
 namespace {
 
 // Numbers of rows from 0, in the order in which they first occur. Time and memory grow with what is numbered, not with the
-// rows there are. Rows are found in a hash table with linear probing, of which three quarters and more stay free.
+// rows there are: a hash table with linear probing, of which three quarters and more stay free. Where rows are no more than its
+// places, each has its own.
 class RowNumbers {
  public:
   // numbers[i * stride] = the number of rows[i * between], and distinct[number] = that row, which is below num_rows. Returns
@@ -18,7 +19,7 @@ class RowNumbers {
                  uint32_t* distinct) {
     int bits = 4;
     while ((int64_t{1} << bits) < 4 * n) ++bits;
-    const bool direct = num_rows <= int64_t{1} << bits;  // as many places as rows, or fewer
+    const bool direct = num_rows <= int64_t{1} << bits;
     const uint64_t multiplier = direct ? 1 : 0x9e3779b97f4a7c15, mask = (uint64_t{1} << bits) - 1;
     const int shift = direct ? 0 : 64 - bits;
     const int64_t size = direct ? num_rows : int64_t{1} << bits;
