@@ -3,8 +3,8 @@
     out[b, f] = sum_{n in bag (b, f)} w_n sum_{r in rows_i(id_n)} W_ti[r]        t: the table of feature f, i: a column
     g[row] = sum of w_n dL/dout over its occurrences;    m[row] += mean(g^2);    W_ti[row] -= lr g / (sqrt(m) + eps)
 
-Parameters, optimizer state and settings stay those of PyTorch's or FBGEMM's own modules (see stores.py). Gradients add up in
-buffers as large as the codebooks of one table, so a fused optimizer is for tables that are small beside a batch.
+Parameters, optimizer state and settings stay those of PyTorch's or FBGEMM's own modules (see stores.py). A fused optimizer's
+step takes time and memory that grow with the rows that the batch looks up, however many rows the codebooks have.
 
 Shapes: N ids, F features, B bags of each, W the dims of the output.
 """
@@ -70,8 +70,6 @@ class FusedLookup:
         num_kept = int(((ends_T2[:, 1] - ends_T2[:, 0]) * cached.rows_per_id_T).sum())
         inputs = self.store.inputs()
         keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        if keeps and self.store.steps and cached.num_rows > 2 * num_kept:
-            return None
         out: Tensor | None = _Lookup.apply(self, batch, num_kept if keeps else None, *inputs)
         return out
 

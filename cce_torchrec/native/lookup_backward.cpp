@@ -1,6 +1,7 @@
 // Gradients of pooled vectors back to rows: summed a row, then the optimizer's step of that row.
 //
-// They add up in a buffer as large as the codebooks of one table, which stays in the cache; nothing is sorted.
+// Sums of one table lie in a buffer that stays in the cache: one a row of its codebooks or, where those have many more rows
+// than a batch looks up, one a row that is looked up.
 
 #include <algorithm>
 #include <cmath>
@@ -10,11 +11,13 @@
 #include "lookup_shapes.h"
 #include "lookup_tables.h"
 #include "memory.h"
+#include "row_numbers.h"
 
 namespace {
 
 constexpr int64_t BAGS_AHEAD = 16;  // bags whose gradients are on their way from memory
 constexpr int64_t ROWS = 64;        // that are stepped at a time
+constexpr int64_t SPARSE = 3;       // rows of codebooks for each that is looked up, above which only those have sums
 
 // sums[p] [rows, dim] += the gradients of the vectors that its rows are part of.
 template <typename Shape>
@@ -60,26 +63,37 @@ inline void scale_rows(const Step& settings, float* momentum, const float* squar
   }
 }
 
+// The rows of a piece that have sums, by number; null: all, in their order.
+struct Summed {
+  const uint32_t* rows;
+  int64_t count;
+  int64_t operator[](int64_t number) const { return rows == nullptr ? number : rows[number]; }
+};
+
 // Row-wise Adagrad: m += mean(g^2), w -= lr g / (sqrt(m) + eps); plain SGD without m. Rows without a gradient stay as they
 // are. The gradient is 0 afterwards.
 template <typename Shape>
-void step(const Shape& shape, const Piece& piece, float* gradient, const Step& settings) {
+void step(const Shape& shape, const Piece& piece, const Summed& rows, float* gradient, const Step& settings) {
   using Part = typename Shape::Part;
   const int64_t dim = shape.dim(piece), parts = dim / Shape::LANES;
-  float squares[ROWS], scales[ROWS];
-  for (int64_t first = 0; first < piece.rows; first += ROWS) {
-    const int64_t count = std::min(ROWS, piece.rows - first);
+  float squares[ROWS], scales[ROWS], momenta[ROWS];
+  for (int64_t first = 0; first < rows.count; first += ROWS) {
+    const int64_t count = std::min(ROWS, rows.count - first);
     for (int64_t r = 0; r < count; ++r) {
       const Part* sum = reinterpret_cast<const Part*>(gradient + (first + r) * dim);
       Part square = {};
       for (int64_t p = 0; p < parts; ++p) square += sum[p] * sum[p];
       squares[r] = total<Shape::LANES>(square);
     }
-    scale_rows(settings, piece.momentum == nullptr ? nullptr : piece.momentum + first, squares, dim, count, scales);
+    if (piece.momentum != nullptr)
+      for (int64_t r = 0; r < count; ++r) momenta[r] = piece.momentum[rows[first + r]];
+    scale_rows(settings, piece.momentum == nullptr ? nullptr : momenta, squares, dim, count, scales);
+    if (piece.momentum != nullptr)
+      for (int64_t r = 0; r < count; ++r) piece.momentum[rows[first + r]] = momenta[r];
     for (int64_t r = 0; r < count; ++r) {
       if (squares[r] == 0) continue;
       Part* sum = reinterpret_cast<Part*>(gradient + (first + r) * dim);
-      Part* weights = reinterpret_cast<Part*>(piece.weights + (first + r) * dim);
+      Part* weights = reinterpret_cast<Part*>(piece.weights + rows[first + r] * dim);
       for (int64_t p = 0; p < parts; ++p) {
         weights[p] -= scales[r] * sum[p];
         sum[p] = Part{};
@@ -88,22 +102,44 @@ void step(const Shape& shape, const Piece& piece, float* gradient, const Step& s
   }
 }
 
+// Steps the rows that have sums; `numbers`: which sums the vectors of a batch add their gradients to, as `rows` of backward.
+template <typename Shape>
+void step_rows(const Shape& shape, const Table& table, const Piece* pieces, const Batch& batch, const uint32_t* numbers,
+               const std::vector<Summed>& summed, const float* gradient, const Step& settings) {
+  static thread_local HugeBuffer buffer;  // 0 wherever no step is under way
+  int64_t size = 0;
+  for (int64_t p = 0; p < shape.pieces(); ++p) size += summed[p].count * pieces[p].dim;
+  std::vector<float*> sums{buffer.floats(size)};
+  for (int64_t p = 0; p + 1 < shape.pieces(); ++p) sums.push_back(sums[p] + summed[p].count * pieces[p].dim);
+  add_gradients(shape, table, pieces, batch, numbers, gradient, sums.data());
+  for (int64_t p = 0; p < shape.pieces(); ++p) step(shape, pieces[p], summed[p], sums[p], settings);
+}
+
 template <typename Shape>
 void backward(const Table& table, const Piece* pieces, int64_t count, const Batch& batch, const uint32_t* rows,
               const float* gradient, const Step& settings) {
-  const Shape shape(table, count);
-  static thread_local HugeBuffer buffer;  // 0 wherever no step is under way
-  int64_t size = 0;
-  std::vector<float*> sums;
-  for (int64_t p = 0; p < shape.pieces(); ++p) size += pieces[p].rows * pieces[p].dim;
-  float* next = settings.gradient == nullptr ? buffer.floats(size) : nullptr;
-  for (int64_t p = 0; p < shape.pieces(); ++p) {
-    sums.push_back(settings.gradient != nullptr ? settings.gradient + pieces[p].start : next);
-    if (next != nullptr) next += pieces[p].rows * pieces[p].dim;
+  Shape shape(table, count);
+  if (settings.gradient != nullptr) {
+    std::vector<float*> sums;
+    for (int64_t p = 0; p < count; ++p) sums.push_back(settings.gradient + pieces[p].start);
+    return add_gradients(shape, table, pieces, batch, rows, gradient, sums.data());
   }
-  add_gradients(shape, table, pieces, batch, rows, gradient, sums.data());
-  if (settings.gradient != nullptr) return;
-  for (int64_t p = 0; p < shape.pieces(); ++p) step(shape, pieces[p], sums[p], settings);
+  const int64_t n = num_ids(table, batch) * shape.rows();  // looked up in each piece
+  std::vector<Summed> summed;
+  int64_t num_rows = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    summed.push_back({nullptr, pieces[p].rows});
+    num_rows += pieces[p].rows;
+  }
+  if (num_rows <= SPARSE * n * count) return step_rows(shape, table, pieces, batch, rows, summed, gradient, settings);
+  static thread_local RowNumbers numbering;
+  std::vector<uint32_t> numbers(n * count), distinct(n * count);
+  for (int64_t p = 0; p < count; ++p) {
+    uint32_t* mine = distinct.data() + p * n;
+    summed[p] = {mine, numbering.assign(rows + p, shape.between, n, pieces[p].rows, numbers.data() + p, count, mine)};
+  }
+  shape.between = count;
+  step_rows(shape, table, pieces, batch, numbers.data(), summed, gradient, settings);
 }
 
 }  // namespace

@@ -76,15 +76,20 @@ void share(int64_t count, int64_t threads, Work work) {
   for (auto& other : others) other.join();
 }
 
+// How many ids of a batch are looked up in a table.
+inline int64_t num_ids(const Table& table, const Batch& batch) {
+  const int64_t* bags = batch.offsets + table.first_feature * batch.size;
+  return bags[table.num_features * batch.size] - bags[0];
+}
+
 // Where the kept rows of each table begin.
 inline std::vector<int64_t> kept_starts(const Tables& tables, const Batch& batch) {
   std::vector<int64_t> starts;
   int64_t next = 0;
   for (int64_t t = 0; t < tables.num_tables; ++t) {
     const Table& table = tables.tables[t];
-    const int64_t* bags = batch.offsets + table.first_feature * batch.size;
     starts.push_back(next);
-    next += (bags[table.num_features * batch.size] - bags[0]) * table.num_pieces * table.rows_per_piece();
+    next += num_ids(table, batch) * table.num_pieces * table.rows_per_piece();
   }
   return starts;
 }

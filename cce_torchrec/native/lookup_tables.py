@@ -130,7 +130,6 @@ class Addresses:
         made_of: what they are valid for.
         keeps: what the structures point to.
         rows_per_id_T: in all pieces of a table together.
-        num_rows: of all pieces.
         is_plain: whether all weights are such that kernels can look them up.
     """
 
@@ -138,7 +137,6 @@ class Addresses:
     tables: CTables
     keeps: tuple[Any, ...]
     rows_per_id_T: Tensor
-    num_rows: int
     is_plain: bool
 
 
@@ -166,7 +164,6 @@ def addresses(
         tables=CTables(ctypes.addressof(c_tables), ctypes.addressof(c_pieces), len(made)),
         keeps=(c_tables, c_pieces),
         rows_per_id_T=torch.tensor([table.num_pieces * max(table.stored + table.hashes, 1) for table in made]),
-        num_rows=sum(piece.rows for piece in pieces),
         is_plain=all(weight.dtype == torch.float32 and _is_reachable(weight) for weight in weights)
         and all(_is_reachable(source.assignments) and _is_reachable(source.coefficients) for source in sources),
     )

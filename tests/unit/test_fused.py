@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -102,10 +103,20 @@ def test_vectors_and_gradients(name: str, single: bool, is_weighted: bool) -> No
         torch.testing.assert_close(own.grad.double(), other.grad.double(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("optimizer", [EmbOptimType.EXACT_ROWWISE_ADAGRAD, EmbOptimType.EXACT_SGD], ids=str)
 @pytest.mark.parametrize(("columns", "dim"), [(4, 16), (8, 8), (4, 64), (8, 4), (3, 32), (2, 12)])
-def test_three_steps_of_an_optimizer(columns: int, dim: int, optimizer: EmbOptimType) -> None:
-    k, learning_rate, eps = 11, 0.3, 1e-3
+@pytest.mark.parametrize(("k", "threads"), [(11, 1), (600, 1), (600, 3)], indirect=["threads"])  # a batch has 90 ids
+@pytest.mark.usefixtures("threads")
+def test_three_steps_of_an_optimizer(k: int, columns: int, dim: int, optimizer: EmbOptimType) -> None:
+    learning_rate, eps = 0.3, 1e-3
     row_map = CCE(num_rows=k, num_columns=columns).row_map("t", V, columns * dim, None)
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
         [(2 * k, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * columns,

@@ -67,11 +67,13 @@ every_dtype = pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.
 
 @every_hot_from
 @every_dtype
-@pytest.mark.parametrize(("columns", "dim"), [(4, 16), (8, 8), (3, 12)])
-def test_a_step(columns: int, dim: int, dtype: torch.dtype, hot_from: int | None) -> None:
+@pytest.mark.parametrize(  # spare: rows that no id has, many more than are looked up
+    ("columns", "dim", "spare"), [(4, 16, 0), (8, 8, 0), (3, 12, 0), (8, 8, 4000), (3, 12, 4000)]
+)
+def test_a_step(columns: int, dim: int, spare: int, dtype: torch.dtype, hot_from: int | None) -> None:
     row_map, learning_rate = HotMap(columns, dtype, hot_from), 0.1
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
-        [(K + HOT + HELPERS, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * columns,
+        [(K + HOT + HELPERS + spare, dim, EmbeddingLocation.HOST, ComputeDevice.CPU)] * columns,
         optimizer=EmbOptimType.EXACT_SGD, learning_rate=learning_rate,
     )  # fmt: skip
     for weight in tbe.split_embedding_weights():

@@ -1,4 +1,7 @@
-"""Native lookups against ``embedding_bag`` in float64 and row-wise Adagrad written out a row at a time."""
+"""Native lookups against ``embedding_bag`` in float64, row-wise Adagrad as its formula, and FBGEMM's own kernels."""
+
+import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,17 +16,21 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from cce_torchrec.native import library
-from cce_torchrec.native.rows_lookup import NativeForward, use_native_lookups
+from cce_torchrec.native.rows_lookup import use_native_lookups
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler on this machine")
 
 LEARNING_RATE, EPS = 0.3, 1e-3
 FEATURES = [0, 0, 1, 2, 3]  # the table of each: the first table has two
 DIMS = [[8, 8, 8, 8], [4, 16, 32, 64], [12, 20, 128, 4]]
+SMALL = [7, 30, 1, 5]  # rows of each table; a batch looks up about 120 in the first, 60 in each other
+LARGE = [4000, 230, 1, 7000]
+every_size = pytest.mark.parametrize("rows", [SMALL, LARGE], ids=["small", "large"])
 
 
-def fused(dims: list[int], optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD) -> torch.nn.Module:
-    rows = [7, 30, 1, 5]
+def fused(
+    dims: list[int], rows: list[int] = SMALL, optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_ADAGRAD
+) -> torch.nn.Module:
     tbe = SplitTableBatchedEmbeddingBagsCodegen(
         [(n, dim, EmbeddingLocation.HOST, ComputeDevice.CPU) for n, dim in zip(rows, dims, strict=True)],
         feature_table_map=FEATURES,
@@ -37,12 +44,13 @@ def fused(dims: list[int], optimizer: EmbOptimType = EmbOptimType.EXACT_ROWWISE_
 
 
 def bags(tbe: torch.nn.Module, seed: int, size: int = 40) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices, offsets and weights of bags of 0 to 3."""
+    """Indices, offsets and weights of bags of 0 to 3; low rows are looked up more often."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(0, 4, (len(FEATURES), size), generator=generator)
     rows = [len(weight) for weight in tbe.split_embedding_weights()]
     indices = [
-        torch.randint(0, rows[table], (int(lengths[f].sum()),), generator=generator) for f, table in enumerate(FEATURES)
+        (torch.rand(int(lengths[f].sum()), generator=generator) ** 4 * rows[table]).long()
+        for f, table in enumerate(FEATURES)
     ]
     flat = torch.cat(indices)
     return (
@@ -76,8 +84,9 @@ def pooled(weights: list[Tensor], batch: tuple[Tensor, Tensor, Tensor], weighted
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("dims", DIMS, ids=str)
-def test_three_steps_of_rowwise_adagrad(dims: list[int], weighted: bool) -> None:
-    tbe = fused(dims)
+@every_size
+def test_three_steps_of_rowwise_adagrad(rows: list[int], dims: list[int], weighted: bool) -> None:
+    tbe = fused(dims, rows)
     assert use_native_lookups(tbe) == 1
     tbe.forward._fallback = None  # nothing may be left to FBGEMM
     weights = [weight.double() for weight in tbe.split_embedding_weights()]
@@ -93,18 +102,17 @@ def test_three_steps_of_rowwise_adagrad(dims: list[int], weighted: bool) -> None
         expected.backward(gradient.double())
         for leaf, weight, total in zip(leaves, weights, sums, strict=True):
             assert leaf.grad is not None
-            for row in range(len(weight)):
-                total[row] += leaf.grad[row].square().mean()
-                if leaf.grad[row].any():
-                    weight[row] -= LEARNING_RATE * leaf.grad[row] / (total[row].sqrt() + EPS)
+            total += leaf.grad.square().mean(1)
+            weight -= LEARNING_RATE * leaf.grad / (total.sqrt() + EPS).unsqueeze(1)
         for ours, weight in zip(tbe.split_embedding_weights(), weights, strict=True):
             torch.testing.assert_close(ours, weight.float(), rtol=1e-5, atol=1e-5)
         for (momentum,), total in zip(tbe.split_optimizer_states(), sums, strict=True):
             torch.testing.assert_close(momentum, total.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_sgd_with_a_scheduled_learning_rate() -> None:
-    tbe = fused(DIMS[0], EmbOptimType.EXACT_SGD)
+@every_size
+def test_sgd_with_a_scheduled_learning_rate(rows: list[int]) -> None:
+    tbe = fused(DIMS[0], rows, EmbOptimType.EXACT_SGD)
     assert use_native_lookups(tbe) == 1
     tbe.set_learning_rate(0.05)
     leaves = [weight.double().requires_grad_() for weight in tbe.split_embedding_weights()]
@@ -132,8 +140,9 @@ def test_a_dense_gradient() -> None:
     torch.testing.assert_close(tbe.weights.grad, whole.float(), rtol=1e-5, atol=1e-5)
 
 
-def test_threads_change_nothing() -> None:
-    one, two = fused(DIMS[1]), fused(DIMS[1])
+@every_size
+def test_threads_change_nothing(rows: list[int]) -> None:
+    one, two = fused(DIMS[1], rows), fused(DIMS[1], rows)
     for tbe in (one, two):
         use_native_lookups(tbe)
     batch, threads = bags(one, 0), torch.get_num_threads()
@@ -155,15 +164,61 @@ def test_indices_out_of_bounds_are_left_to_fbgemm() -> None:
     assert torch.equal(ours(indices.clone(), offsets), theirs(indices.clone(), offsets))
 
 
-def test_a_batch_that_is_small_for_the_tables_is_left_to_fbgemm() -> None:
-    tbe = fused(DIMS[0])
+def test_batches_of_all_sizes_as_fbgemm() -> None:
+    ours, theirs = fused(DIMS[1], LARGE), fused(DIMS[1], LARGE)
+    use_native_lookups(ours)
+    ours.forward._fallback = None
+    for step, size in enumerate([40, 0, 1, 2000, 40, 5, 0, 300]):  # so that sums are of few rows, of all, of few again
+        indices, offsets, weights = bags(ours, step, size)
+        outs = [tbe(indices, offsets, weights) for tbe in (ours, theirs)]
+        torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-4)
+        gradient = torch.randn(outs[0].shape, generator=torch.Generator().manual_seed(step))
+        for out in outs:
+            out.backward(gradient)
+        for own, other in zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+        for (own,), (other,) in zip(ours.split_optimizer_states(), theirs.split_optimizer_states(), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+@every_size
+def test_bags_without_ids_change_nothing(rows: list[int]) -> None:
+    tbe = fused(DIMS[0], rows)
     use_native_lookups(tbe)
-    indices, offsets, _ = bags(tbe, 0, size=1)
-    assert isinstance(tbe.forward, NativeForward)
-    tbe.forward._fallback = lambda *args, **others: "left to FBGEMM"  # type: ignore[assignment, return-value]
-    assert len(indices) * 2 < 43
-    assert tbe(indices, offsets) == "left to FBGEMM"
+    tbe.forward._fallback = None
+    before = [weight.clone() for weight in tbe.split_embedding_weights()]
+    out = tbe(torch.empty(0, dtype=torch.int64), torch.zeros(len(FEATURES) * 40 + 1, dtype=torch.int64))
+    assert torch.equal(out, torch.zeros(40, 8 * len(FEATURES)))
+    out.sum().backward()
+    assert all(torch.equal(*pair) for pair in zip(tbe.split_embedding_weights(), before, strict=True))
+    assert not any(momentum.any() for (momentum,) in tbe.split_optimizer_states())
+
+
+@every_size
+def test_two_backwards_of_one_forward_are_two_steps(rows: list[int]) -> None:
+    ours, theirs = fused(DIMS[0], rows), fused(DIMS[0], rows)
+    use_native_lookups(ours)
+    for tbe in (ours, theirs):
+        out = tbe(*bags(tbe, 0)[:2])
+        out.backward(torch.ones_like(out), retain_graph=True)
+        out.backward(torch.ones_like(out))
+    for own, other in zip(ours.split_embedding_weights(), theirs.split_embedding_weights(), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_keeps_no_memory_for_rows_that_are_not_looked_up() -> None:
+    tbe = fused([4, 4, 4, 64], [1, 1, 1, 2**18])  # 64 MiB
+    use_native_lookups(tbe)
+    out = tbe(*bags(tbe, 0)[:2])
+    before = resident_bytes()
+    out.sum().backward()
+    assert resident_bytes() - before < 16 << 20
+
+
+def resident_bytes() -> int:
+    """Of this process, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def test_other_optimizers_are_left_alone() -> None:
-    assert use_native_lookups(fused(DIMS[0], EmbOptimType.EXACT_ADAGRAD)) == 0
+    assert use_native_lookups(fused(DIMS[0], optimizer=EmbOptimType.EXACT_ADAGRAD)) == 0
