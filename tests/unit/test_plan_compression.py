@@ -168,6 +168,7 @@ def test_bytes_are_those_of_the_model(name: Any, fields: dict[str, Any]) -> None
         (ResidualCCE(num_rows=128, num_columns=4), 30_000, 32),
         (CCE(num_rows=300, num_columns=4, bit_packed=True), 20_000, 16),
         (CCE(num_rows=128, num_columns=4, num_assigned_ids=20_000), 30_000, 16),
+        (CCE(num_rows=64, num_columns=4, num_helper_rows=20_000), 2_000, 16),
     ],
 )
 def test_the_workspace_is_an_upper_bound(method: MethodConfig, num_ids: int, dim: int, is_trained: bool) -> None:
