@@ -7,8 +7,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -96,6 +96,7 @@ class BackgroundReclustering:
         self._groups = [_own_group(part.process_group) for part in work.parts]
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        self._stream = _stream_after_this_one()
         self._thread = threading.Thread(target=self._run, name="recluster")
         for part in work.parts:
             part.collection.reclustering = self
@@ -153,11 +154,7 @@ class BackgroundReclustering:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS)
         try:
             collectives = [_Interruptible(collectives_of(group), self._stop) for group in self._groups]
-            if torch.cuda.is_available() and torch.cuda.is_initialized():
-                with torch.cuda.stream(torch.cuda.Stream()):
-                    self._work.compute(collectives)
-                    torch.cuda.current_stream().synchronize()
-            else:
+            with self._stream():
                 self._work.compute(collectives)
         except BaseException as error:
             self._error = error
@@ -208,6 +205,23 @@ class _Interruptible(Collectives):
             yield
         finally:
             self.has_failed = self._collectives.has_failed
+
+
+def _stream_after_this_one() -> Callable[[], AbstractContextManager[None]]:
+    """A CUDA stream for another thread, which begins when what is in this thread's is done; nothing without CUDA."""
+    if not torch.cuda.is_initialized():
+        return nullcontext
+    device, read = torch.cuda.current_device(), torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def on_stream() -> Iterator[None]:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            stream.wait_event(read)
+            yield
+            stream.synchronize()
+
+    return on_stream
 
 
 # Of the same ranks as the process groups of collections, by them: re-clusterings go over groups of their own, so that their
