@@ -40,7 +40,7 @@ class TrainConfig:
     method_options: Mapping[str, OptionValue] = field(default_factory=dict)
     recluster_count: int = 6
     recluster_stop_after: float = 0.8
-    recluster_optimizer_state: Literal["reset", "carry"] = "reset"
+    recluster_optimizer_state: Literal["reset", "carry"] = ReclusterConfig.optimizer_state
     recluster_gradient_steps: int = ReclusterSchedule.gradient_steps
     recluster_background_steps: int = ReclusterSchedule.background_steps
     recluster_decode_batch_size: int = ReclusterConfig.decode_batch_size

@@ -52,6 +52,7 @@ class Settings:
         gradient_steps: before each re-clustering, whose gradients steer it; 0 for none.
         gradient_step: the rate at which they do.
         gradient_damping: of steps of ids that were hardly seen.
+        start_from_mean: whether the first re-clustering takes the vectors that hashes made for their mean.
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
         hot_part: which part of a table's rows are hot ids' own, where the method has such.
         warm_part: which part of a table's ids have stored assignments, those of the largest weights; ``None`` for all.
@@ -73,6 +74,7 @@ class Settings:
     gradient_steps: int = ReclusterSchedule.gradient_steps
     gradient_step: float = ReclusterConfig.gradient_step
     gradient_damping: float = ReclusterConfig.gradient_damping
+    start_from_mean: bool = ReclusterConfig.start_from_mean
     id_weights: Literal["ones", "counts", "roots"] = "ones"
     hot_part: float = 0.0
     warm_part: float | None = None
@@ -256,6 +258,7 @@ def _schedule(settings: Settings, model: GMF, total_steps: int) -> ReclusterSche
         optimizer_state=settings.optimizer_state,
         gradient_step=settings.gradient_step,
         gradient_damping=settings.gradient_damping,
+        start_from_mean=settings.start_from_mean,
     )
     return ReclusterSchedule(
         total_steps=total_steps,

@@ -6,6 +6,7 @@ re-cluster without recorded gradients.
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -48,11 +49,12 @@ def settings(dataset: str, params: int, num_columns: int, warm_part: float | Non
 
 
 def is_of_grid(run: Record) -> bool:
-    """Whether it was made for this page."""
+    """Whether it was made for this page, by the defaults of now or of before."""
     made = Settings(**run["settings"])
     if made.dataset not in PARAMS or made.params is None or set(made.options) != {"num_columns"}:
         return False
-    return made == settings(made.dataset, made.params, made.options["num_columns"], made.warm_part, made.seed)
+    grid = settings(made.dataset, made.params, made.options["num_columns"], made.warm_part, made.seed)
+    return replace(made, optimizer_state=grid.optimizer_state, start_from_mean=grid.start_from_mean) == grid
 
 
 class Cell(NamedTuple):

@@ -15,12 +15,15 @@ from benchmarks.quality.gmf import Settings, run
 from benchmarks.quality.plans import SEEDS
 from benchmarks.quality.published import PUBLISHED as PUBLISHED_METHODS
 from benchmarks.quality.published import run_published
+from cce_torchrec import METHODS
 from dlrm_example.provenance import provenance
 
 Record = Mapping[str, Any]
 NEW_RUNS = ROOT / "runs" / "quality.jsonl"
 PUBLISHED = RESULTS / "quality.json"
 POINTERS = RESULTS / "pointers.json"
+_OF_RECLUSTERINGS = ("optimizer_state", "start_from_mean")  # whose defaults have changed since runs were published
+_BEFORE = {"start_from_mean": False}
 
 
 def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
@@ -31,13 +34,13 @@ def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
         made += [{**record, "made_by": content["made_by"][record["made_by"]]} for record in content["runs"]]
     if path.exists():
         made += [json.loads(line) for line in path.read_text().splitlines()]
-    return list({key_of_settings(record): record for record in made}.values())
+    return list({key_of_run(record): record for record in made}.values())
 
 
 def found(runs: Sequence[Record], settings: Callable[[int], Settings], seeds: Iterable[int] = SEEDS) -> list[Record]:
     """The runs of the seeds that are there."""
-    by_settings = {key_of_settings(run): run for run in runs if "does_not_fit" not in run}
-    keys = [key_of(asdict(settings(seed))) for seed in seeds]
+    by_settings = {key_of_run(run): run for run in runs if "does_not_fit" not in run}
+    keys = [key_of_settings(settings(seed)) for seed in seeds]
     return [by_settings[key] for key in keys if key in by_settings]
 
 
@@ -54,15 +57,24 @@ def key_of(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def key_of_settings(run: Record) -> str:
-    """What equal settings of runs have in common; those that a run did not know of are at their defaults."""
-    return key_of(asdict(Settings(**run["settings"])))
+def key_of_settings(settings: Settings) -> str:
+    """What equal settings have in common; some make no difference to methods that learn no assignments."""
+    values = asdict(settings)
+    method = METHODS.get(settings.method)
+    if method is None or not method.reclusterable:
+        values = {name: value for name, value in values.items() if name not in _OF_RECLUSTERINGS}
+    return key_of(values)
+
+
+def key_of_run(run: Record) -> str:
+    """:func:`key_of_settings`; those that a run did not know of are as they were then, or at their defaults."""
+    return key_of_settings(Settings(**{**_BEFORE, **run["settings"]}))
 
 
 def run_missing(plan: Iterable[Settings], paths: Mapping[str, str | None], jobs: int, path: Path = NEW_RUNS) -> None:
     """Make the runs of a plan that are not finished, ``jobs`` at a time, each on one thread; in the plan's order."""
-    finished = {key_of_settings(record) for record in [*records(path), *records(path, POINTERS)]}
-    missing = [settings for settings in plan if key_of(asdict(settings)) not in finished]
+    finished = {key_of_run(record) for record in [*records(path), *records(path, POINTERS)]}
+    missing = [settings for settings in plan if key_of_settings(settings) not in finished]
     path.parent.mkdir(parents=True, exist_ok=True)
     made_by = provenance()
     print(f"{len(missing)} runs to make", flush=True)

@@ -92,8 +92,10 @@ def _footprint(
     codebooks = num_params * data_type_to_dtype(data_type).itemsize
     assignments, workspace, transient = row_map.stored_bytes(), 0, 0
     if isinstance(row_map, CCERowMap):
+        rows = sum(column.num_rows for column in row_map.columns)
+        whole_state = optimizer_bytes(devices.optimizer, rows, rows * row_map.columns[0].dim)
         workspace, transient = recluster_workspace(
-            row_map, devices.recluster, devices.world_size, devices.device_type, is_sharded
+            row_map, devices.recluster, devices.world_size, devices.device_type, is_sharded, whole_state
         )
         if is_sharded:
             elsewhere = row_map.num_embeddings - -(-row_map.num_embeddings // devices.world_size)

@@ -21,8 +21,10 @@ class ReclusterConfig:
         gradient_step: rate of the steps by which vectors are moved before they are clustered, where gradients were recorded
             (:func:`cce_torchrec.record_gradients`); 1 is a Newton step by a bound of the curvature.
         gradient_damping: how much of the mean curvature is added to each id's.
-        optimizer_state: of the rows that are rewritten. "reset" starts it at zero; "carry" gives each new row the mean of
-            the old state over the ids that use it.
+        start_from_mean: where gradients were recorded, whether the first re-clustering takes ids for what the gradients say
+            of them and else for the mean vector, since it was a hash that chose theirs.
+        optimizer_state: of the rows that are rewritten. "carry" gives each new row the mean of the old state over the ids
+            that use it; "reset" starts it at zero.
 
     Raises:
         ValueError: sizes below 1, a tolerance that is not in [0, 1), an unknown ``optimizer_state``.
@@ -34,7 +36,8 @@ class ReclusterConfig:
     decode_batch_size: int = 65_536
     gradient_step: float = 1.0
     gradient_damping: float = 1.0
-    optimizer_state: OptimizerState = "reset"
+    start_from_mean: bool = True
+    optimizer_state: OptimizerState = "carry"
 
     def __post_init__(self) -> None:
         check_positive(

@@ -1,6 +1,7 @@
-"""The steps that ids ask for before they are clustered, from the gradients that were recorded of them.
+"""Where ids ask to be before they are clustered, from the gradients that were recorded of them.
 
-    step(v) = - rate * G(v) / ( T(v) + damping * mean of T )             G, T: see id_gradients.py
+    wanted(v) = x(v) - rate * G(v) / ( T(v) + lambda )                          G, T: see id_gradients.py
+    lambda    = damping * mean of T
 
 For a likelihood, g g^T estimates the curvature of the loss. T bounds it even where all ids move together, since
 
@@ -8,10 +9,17 @@ For a likelihood, g g^T estimates the curvature of the loss. T bounds it even wh
 
 so a step is short enough whatever the number of features. Damping keeps ids that were hardly seen where they are.
 
+Before the first re-clustering that is a place which a hash has chosen, and says nothing of the id. An id starts there as far
+as gradients were seen of it there, and else from m, the mean vector of the ids that were seen:
+
+    wanted(v) = m + ( x(v) - m ) * T(v) / ( T(v) + lambda ) - rate * G(v) / ( T(v) + lambda )
+
+which, for a rate of 1, is where T/2 |x - (x(v) - G/T)|^2 + lambda/2 |x - m|^2 is least.
+
 Shapes: N ids of a batch, U ids with gradients, D dims, W = D + 1.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,25 +38,38 @@ from cce_torchrec.sums_by_id import SumsById
 Collection = CompressedEmbeddingBagCollection | ShardedCompressedEmbeddingBagCollection
 
 
-class IdSteps:
-    """How far to move the vectors of some ids; all others stay.
+class Targets:
+    """Where the vectors of ids want to be.
 
     Args:
-        ids_U: in rising order.
-        steps_UD: of each.
+        ids_U: with gradients, in rising order.
+        steps_UD: how far each wants to move.
+        trust_U: how much of each id's distance from the mean is kept, in [0, 1]; of ids without gradients nothing is.
+        mean_D: the mean; ``None`` for ids that start where they are.
     """
 
-    def __init__(self, ids_U: Tensor, steps_UD: Tensor) -> None:
-        self._ids_U = ids_U
-        self._steps = torch.cat([steps_UD, steps_UD.new_zeros(1, steps_UD.shape[1])])  # the last row: stay
+    def __init__(self, ids_U: Tensor, steps_UD: Tensor, trust_U: Tensor, mean_D: Tensor | None) -> None:
+        self._ids_U, self._mean_D = ids_U, mean_D
+        self._steps = torch.cat([steps_UD, steps_UD.new_zeros(1, steps_UD.shape[1])])  # the last row: no gradient
+        self._trust = torch.cat([trust_U, trust_U.new_zeros(1)])
 
-    def __call__(self, ids_N: Tensor, dims: slice) -> Tensor:
-        """The steps of some ids in some dims: [N, dims]."""
-        steps, stay = self._steps[:, dims], len(self._ids_U)
-        if stay == 0:
-            return steps.expand(len(ids_N), -1)
-        place_N = torch.searchsorted(self._ids_U, ids_N).clamp_(max=stay - 1)
-        return steps[torch.where(self._ids_U[place_N] == ids_N, place_N, stay)]
+    def __call__(self, ids_N: Tensor, vectors_ND: Tensor, dims: slice) -> Tensor:
+        """Of some ids, in some dims: [N, dims].
+
+        Args:
+            ids_N: the ids.
+            vectors_ND: what they decode to in these dims.
+            dims: which.
+        """
+        last = len(self._ids_U)
+        place_N = torch.full_like(ids_N, last)
+        if last:
+            found_N = torch.searchsorted(self._ids_U, ids_N).clamp_(max=last - 1)
+            place_N = torch.where(self._ids_U[found_N] == ids_N, found_N, last)
+        if self._mean_D is not None:
+            mean_D = self._mean_D[dims]
+            vectors_ND = mean_D + (vectors_ND - mean_D) * self._trust[place_N, None]
+        return vectors_ND + self._steps[:, dims][place_N]
 
 
 def gather_sums(recorded: SumsById | None, block: Block, collectives: Collectives) -> SumsById | None:
@@ -64,15 +85,20 @@ def gather_sums(recorded: SumsById | None, block: Block, collectives: Collective
     return gather_block(recorded, block, collectives)
 
 
-def steps_from(
-    sums: SumsById | None, config: ReclusterConfig, device: torch.device, collectives: Collectives
-) -> IdSteps | None:
-    """The steps of this rank's block of ids; collective.
+def targets_from(
+    sums: SumsById | None,
+    decode: Callable[[Tensor], Tensor] | None,
+    config: ReclusterConfig,
+    device: torch.device,
+    collectives: Collectives,
+) -> Targets | None:
+    """Where this rank's block of ids wants to be; collective.
 
     Args:
         sums: as :func:`gather_sums` returns them.
-        config: the rate of the steps and their damping.
-        device: of the steps.
+        decode: the vectors of some ids, [N, D], where hashes have chosen them; else ``None``.
+        config: the rate of the steps and their damping, and whether hashed vectors start from their mean.
+        device: of the vectors.
         collectives: how to reach the other ranks.
     """
     if sums is None:
@@ -82,8 +108,26 @@ def steps_from(
     totals = torch.stack([bound_U.double().sum(), torch.tensor(len(bound_U), dtype=torch.float64)])
     total, number = collectives.all_reduce_sum(totals).tolist()
     curvature_U = bound_U + config.gradient_damping * total / max(number, 1)
-    steps_UD = torch.where(curvature_U[:, None] > 0, -config.gradient_step * gradient_UD / curvature_U[:, None], 0)
-    return IdSteps(ids_U.to(device), steps_UD.to(device))
+    is_seen_U = curvature_U > 0
+    steps_UD = torch.where(is_seen_U[:, None], -config.gradient_step * gradient_UD / curvature_U[:, None], 0)
+    trust_U = torch.where(is_seen_U, bound_U / curvature_U, 0)
+    mean_D = None
+    if decode is not None and config.start_from_mean and total > 0:
+        batches = ids_U.to(device).split(config.decode_batch_size)
+        mean_D = _mean_vector(batches, decode, steps_UD.shape[1], collectives)
+    return Targets(ids_U.to(device), steps_UD.to(device), trust_U.to(device), mean_D)
+
+
+def _mean_vector(
+    batches: Sequence[Tensor], decode: Callable[[Tensor], Tensor], dim: int, collectives: Collectives
+) -> Tensor:
+    """Over the ids of all ranks: [D]; collective."""
+    sums_E = torch.zeros(dim + 1, dtype=torch.float64, device=batches[0].device)
+    for ids_N in batches:
+        sums_E[:dim] += decode(ids_N).double().sum(dim=0)
+        sums_E[dim] += len(ids_N)
+    sums_E = collectives.all_reduce_sum(sums_E)
+    return (sums_E[:dim] / sums_E[dim]).float()
 
 
 def most_sensitive_ids(sums: SumsById, number: int, collectives: Collectives) -> Tensor:

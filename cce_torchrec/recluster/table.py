@@ -1,6 +1,6 @@
 """One table's re-clustering: from its codebooks and assignments to new ones, nothing changed yet.
 
-    x_i(v) = M_i[h_i(v)] + M'_i[h'_i(v)] + step_i(v)             where the column vectors of all ids v want to be
+    x_i(v) = where M_i[h_i(v)] + M'_i[h'_i(v)] wants to be       as recorded gradients tell, see gradients.py, else there
     M_i   <- K-means centroids of x_i,   h_i(v) <- nearest       fitted on a sample, assigned exactly
     M'_i[j] <- mean of x_i(v) - M_i[h_i(v)] over h'_i(v) = j     with a fresh hash h'_i
 
@@ -28,7 +28,7 @@ from cce_torchrec.hashing import derive_seed
 from cce_torchrec.methods.assignments import find_sorted
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
-from cce_torchrec.recluster.gradients import gather_sums, most_sensitive_ids, steps_from
+from cce_torchrec.recluster.gradients import gather_sums, most_sensitive_ids, targets_from
 from cce_torchrec.recluster.kmeans import kmeans_steps
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.table_state import NewTable, TableState, Vectors
@@ -58,7 +58,7 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, device, collectives, chosen)
     recorded = gather_sums(state.gradients, block.span(row_map.num_embeddings), collectives)
     hot_H = _choose_hot_ids(state, recorded, chosen, collectives)
-    vectors = Vectors(state, steps_from(recorded, config, device, collectives))
+    vectors = _vectors(state, recorded, config, collectives)
     centroids = _fit_centroids(state, vectors, block, hot_H, derive_seed(seed, state.name), config, collectives)
     coefficients = None
     if row_map.num_helper_rows:
@@ -88,6 +88,15 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     )
 
 
+def _vectors(
+    state: TableState, recorded: SumsById | None, config: ReclusterConfig, collectives: Collectives
+) -> Vectors:
+    """What is clustered; collective."""
+    is_hashed = int(state.row_map.version) == 0
+    device = state.codebooks[0].device
+    return Vectors(state, targets_from(recorded, state.decode if is_hashed else None, config, device, collectives))
+
+
 def _choose_hot_ids(
     state: TableState, recorded: SumsById | None, chosen: Tensor | None, collectives: Collectives
 ) -> Tensor:
@@ -110,7 +119,7 @@ def _add_hashed_ids(
     row_map = state.row_map
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, chosen.device, collectives)
     recorded = gather_sums(state.gradients, block, collectives)
-    vectors = Vectors(state, steps_from(recorded, config, chosen.device, collectives))
+    vectors = _vectors(state, recorded, config, collectives)
     for ids_N in block.batches():
         hashed_N = ids_N[~find_sorted(chosen, ids_N)[1]]
         sums.add(hashed_N, vectors, row_map.hashed(hashed_N))

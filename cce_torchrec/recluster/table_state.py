@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cce_torchrec.methods.cce import CCERowMap
-from cce_torchrec.recluster.gradients import IdSteps
+from cce_torchrec.recluster.gradients import Targets
 from cce_torchrec.sums_by_id import SumsById
 
 
@@ -23,7 +24,7 @@ class TableState:
         optimizer_state: S numbers a row of each column, float32; S may be 0, and is for another table.
         weights_V: importance of each id, or ``None`` for 1.
         chosen_ids: those that are to have stored assignments, in rising order; ``None`` for all.
-        gradients: recorded on this rank, or ``None`` for no step.
+        gradients: recorded on this rank, or ``None`` where nothing was.
     """
 
     name: str
@@ -34,6 +35,11 @@ class TableState:
     weights_V: Tensor | None
     chosen_ids: Tensor | None = None
     gradients: SumsById | None = None
+
+    def decode(self, ids_N: Tensor) -> Tensor:
+        """The vectors of some ids, all columns side by side: [N, C * D]."""
+        pairs = zip(self.codebooks, self.rows(ids_N), strict=True)
+        return torch.cat([codebook[rows_NR].sum(dim=1) for codebook, rows_NR in pairs], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +61,16 @@ class NewTable:
 
 @dataclass(frozen=True)
 class Vectors:
-    """The column vectors to cluster: what ids decode to, and their steps."""
+    """The column vectors to cluster: what ids decode to, or where they want to be."""
 
     state: TableState
-    steps: IdSteps | None
+    targets: Targets | None
 
     def __call__(self, column: int, ids_N: Tensor, rows_NR: Tensor) -> Tensor:
         """[N, D] of some ids, given the rows of the column that they add up."""
         codebook = self.state.codebooks[column]
         decoded_ND = codebook[rows_NR].sum(dim=1)
-        if self.steps is None:
+        if self.targets is None:
             return decoded_ND
         dim = codebook.shape[1]
-        return decoded_ND + self.steps(ids_N, slice(column * dim, (column + 1) * dim))
+        return self.targets(ids_N, decoded_ND, slice(column * dim, (column + 1) * dim))

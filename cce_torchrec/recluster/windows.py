@@ -1,6 +1,6 @@
 """One re-clustering of CCE on circular memory: from memories and offsets to new ones, nothing changed yet.
 
-    x_i(v) = window(h_i(v)) + window'(h'_i(v)) + step_i(v)         where all columns i of all ids v want to be
+    x_i(v) = where window(h_i(v)) + window'(h'_i(v)) wants to be   all columns i of all ids v, see gradients.py
     memory <- K-means centroids of all x_i, side by side           k = M div W windows, fitted on a sample
     h_i(v) <- argmin_o |x_i(v) - window(o)|^2                      exact, over all M offsets
     helper[m] <- mean of the elements of x_i(v) - window(h_i(v)) whose helper windows read cell m, with a fresh hash h'_i
@@ -12,6 +12,7 @@ optimizer-state values a cell.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from cce_torchrec.methods.cce_robe import CCERobeDecoder
 from cce_torchrec.methods.flat_memory import read_windows
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
-from cce_torchrec.recluster.gradients import IdSteps, gather_sums, steps_from
+from cce_torchrec.recluster.gradients import Targets, gather_sums, targets_from
 from cce_torchrec.recluster.kmeans import kmeans
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.stores import DenseStore
@@ -50,7 +51,7 @@ class WindowsState:
         memories: [M] and [M'], float32.
         optimizer_state: [M, S] and [M', S], float32; S may be 0.
         weights_V: importance of each id, or ``None`` for 1.
-        gradients: recorded on this rank, or ``None`` for no step.
+        gradients: recorded on this rank, or ``None`` where nothing was.
     """
 
     name: str
@@ -129,10 +130,12 @@ def recluster_windows(
         check_finite(state.name, part, memory_M, decoder.width)
     num_ids, num_cells = decoder.num_embeddings, len(state.memories[0])
     block = Block.of_rank(num_ids, config.decode_batch_size, state.memories[0].device, collectives)
-    steps = steps_from(gather_sums(state.gradients, block, collectives), config, block.device, collectives)
-    memory_M = _fit_memory(state, steps, block, derive_seed(seed, state.name), config, collectives)
+    decode = partial(_decode, state) if int(decoder.version) == 0 else None
+    recorded = gather_sums(state.gradients, block, collectives)
+    targets = targets_from(recorded, decode, config, block.device, collectives)
+    memory_M = _fit_memory(state, targets, block, derive_seed(seed, state.name), config, collectives)
     coefficients = decoder.draw_helper_coefficients(int(decoder.version) + 1, seed).to(block.device)
-    sums = _Sums(state, steps, memory_M, coefficients)
+    sums = _Sums(state, targets, memory_M, coefficients)
     offsets = torch.empty(
         block.stop - block.start, decoder.num_columns, dtype=decoder.offsets.dtype, device=block.device
     )
@@ -189,19 +192,25 @@ def cells_of(offsets_NC: Tensor, width: int, num_cells: int) -> Tensor:
     return cells.remainder_(num_cells).flatten()
 
 
-def _vectors(state: WindowsState, steps: IdSteps | None, ids_N: Tensor) -> Tensor:
-    """The column vectors to cluster of some ids, what they decode to and their steps: [N * C, W]."""
+def _decode(state: WindowsState, ids_N: Tensor) -> Tensor:
+    """The vectors of some ids, all columns side by side: [N, C * W]."""
     decoder, (main_M, helper_M) = state.decoder, state.memories
     vectors_NCW = read_windows(main_M, decoder.main_offsets(ids_N), decoder.width)
     vectors_NCW += read_windows(helper_M, decoder.helper_offsets(ids_N), decoder.width)
-    if steps is not None:
-        vectors_NCW += steps(ids_N, slice(None)).view_as(vectors_NCW)
-    return vectors_NCW.flatten(0, 1)
+    return vectors_NCW.flatten(1)
+
+
+def _vectors(state: WindowsState, targets: Targets | None, ids_N: Tensor) -> Tensor:
+    """The column vectors to cluster of some ids, what they decode to or where they want to be: [N * C, W]."""
+    vectors_ND = _decode(state, ids_N)
+    if targets is not None:
+        vectors_ND = targets(ids_N, vectors_ND, slice(None))
+    return vectors_ND.view(-1, state.decoder.width)
 
 
 def _fit_memory(
     state: WindowsState,
-    steps: IdSteps | None,
+    targets: Targets | None,
     block: Block,
     seed: int,
     config: ReclusterConfig,
@@ -214,7 +223,7 @@ def _fit_memory(
     ids_N, weights_N = sample(
         state.weights_V, decoder.num_embeddings, block, size, derive_seed(seed, "sample"), collectives
     )
-    points = [_vectors(state, steps, batch_N) for batch_N in ids_N.split(config.decode_batch_size)]
+    points = [_vectors(state, targets, batch_N) for batch_N in ids_N.split(config.decode_batch_size)]
     point_ids_NC = ids_N[:, None] * columns + torch.arange(columns, device=block.device)
     result = kmeans(
         torch.cat([memory_M.new_empty(0, decoder.width), *points]),
@@ -234,9 +243,9 @@ class _Sums:
     """What is added up while the ids go by, in float64; main memory first, helper second."""
 
     def __init__(
-        self, state: WindowsState, steps: IdSteps | None, memory_M: Tensor, helper_coefficients: Tensor
+        self, state: WindowsState, targets: Targets | None, memory_M: Tensor, helper_coefficients: Tensor
     ) -> None:
-        self._state, self._steps = state, steps
+        self._state, self._targets = state, targets
         self._memory, self._helper_coefficients = memory_M, helper_coefficients
         self._width = state.decoder.width
 
@@ -253,7 +262,7 @@ class _Sums:
     def add(self, ids_N: Tensor) -> Tensor:
         """Assign a batch of ids and add them up; returns their offsets [N, C]."""
         decoder = self._state.decoder
-        points_PW = _vectors(self._state, self._steps, ids_N)
+        points_PW = _vectors(self._state, self._targets, ids_N)
         offset_P, distance_P = nearest_windows(points_PW, self._memory)
         main_NC = offset_P.view(len(ids_N), -1)
         helper_NC = hash_rows(ids_N, self._helper_coefficients, len(self._residual)).T

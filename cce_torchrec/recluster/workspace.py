@@ -31,16 +31,22 @@ class Workspace(NamedTuple):
 
 
 def recluster_workspace(
-    row_map: CCERowMap, config: ReclusterConfig, world_size: int, device_type: str, is_sharded: bool = False
+    row_map: CCERowMap,
+    config: ReclusterConfig,
+    world_size: int,
+    device_type: str,
+    is_sharded: bool = False,
+    optimizer_bytes: int = 0,
 ) -> Workspace:
     """An upper bound of what :func:`cce_torchrec.recluster` takes for one table on one of ``world_size`` devices.
 
     Args:
         row_map: of the table, whole; may be on "meta".
-        config: of the re-clustering, which is to have ``optimizer_state="reset"`` and no ``id_weights``.
+        config: of the re-clustering, which is to have no ``id_weights``.
         world_size: ranks that share the work.
         device_type: "cpu" or "cuda", which hold different numbers of distances at a time.
         is_sharded: whether each rank holds the assignments of its own ids only.
+        optimizer_bytes: of the state of all rows of the codebooks, in float32, which may be carried.
 
     Example:
         >>> import torch
@@ -57,13 +63,15 @@ def recluster_workspace(
     share = -(-num_ids // world_size)
     own_assignments = -(-len(row_map.assignments) // world_size) * row_bytes
     chosen = 8 * (row_map.storage.num_hot_ids + (0 if row_map.warm_ids is None else len(row_map.warm_ids)))
-    held = (own_assignments if is_sharded else assignments) + params + chosen
+    carried = optimizer_bytes if config.optimizer_state == "carry" else 0
+    held = (own_assignments if is_sharded else assignments) + params + chosen + carried
     sample = columns_together(row_map, config, world_size) * _sample_bytes(row_map, config, world_size)
     batch = min(config.decode_batch_size, share)
     lookups = columns * row_map.rows_per_id * 8
     batches = batch * (_ID_BYTES + 3 * lookups + _VECTOR_COPIES * 4 * dim)
     books = 2 * params + 2 * (2 * 8 * rows + 2 * params) + 3 * 8 * row_map.level_rows * (dim + 1)
     points = _sampled_ids(row_map, config, world_size)
+    books += carried + 4 * 2 * carried  # as it was; float64 sums, of all ranks, and their means
     at_once = CUDA_BLOCK_ELEMENTS if device_type == "cuda" else CPU_BLOCK_ELEMENTS
     padded_rows = row_map.level_rows + 64
     scores = 4 * min(max(points, batch) * padded_rows, max(at_once, 64 * padded_rows))

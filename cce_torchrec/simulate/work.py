@@ -122,7 +122,7 @@ def recluster_work(
 
     Args:
         row_map: of the table, whole; may be on "meta". Its codebooks are replicated.
-        config: of the re-clustering, which is to have ``optimizer_state="reset"`` and no ``id_weights``.
+        config: of the re-clustering, which is to have no ``id_weights``; optimizer state that it carries is not counted.
         world_size: W.
         device_type: "cpu" or "cuda".
         is_sharded: whether each rank holds the assignments of its own ids only.

@@ -52,7 +52,7 @@ pytestmark = pytest.mark.distributed
 State = dict[str, Tensor]
 CONFIG = ReclusterConfig(decode_batch_size=100, points_per_centroid=40, num_iterations=8)  # several batches, a sample
 ON_1 = {"mixed": lambda names: {n: [row_wise(1), table_wise(0), DATA_PARALLEL][i % 3] for i, n in enumerate(names)}}
-CARRY = dataclasses.replace(CONFIG, optimizer_state="carry")
+RESET = dataclasses.replace(CONFIG, optimizer_state="reset")
 
 
 def tables(num_rows: int = 12) -> list[EmbeddingBagConfig]:
@@ -224,7 +224,7 @@ def check_fused(rank: int, world_size: int, places: str, config: ReclusterConfig
     train(dmp, rank, optimizer)  # goes on
 
 
-@pytest.mark.parametrize("config", [CONFIG, CARRY], ids=lambda config: config.optimizer_state)
+@pytest.mark.parametrize("config", [RESET, CONFIG], ids=lambda config: config.optimizer_state)
 @pytest.mark.parametrize("places", [*ON_2])
 def test_fused_rowwise_adagrad(ranks2: RankPool, places: str, config: ReclusterConfig) -> None:
     ranks2.run(check_fused, places, config)
@@ -232,7 +232,7 @@ def test_fused_rowwise_adagrad(ranks2: RankPool, places: str, config: ReclusterC
 
 @pytest.mark.parametrize("places", ["grid_shard", "table_row_wise", "mixed"])
 def test_fused_rowwise_adagrad_is_carried_on_2_hosts(two_hosts: RankPool, places: str) -> None:
-    two_hosts.run(check_fused, places, CARRY)
+    two_hosts.run(check_fused, places, CONFIG)
 
 
 def check_dense(rank: int, world_size: int, kind: str, places: str, config: ReclusterConfig) -> None:
@@ -259,7 +259,7 @@ DENSE = {
 }
 
 
-@pytest.mark.parametrize("config", [CONFIG, CARRY], ids=lambda config: config.optimizer_state)
+@pytest.mark.parametrize("config", [RESET, CONFIG], ids=lambda config: config.optimizer_state)
 @pytest.mark.parametrize("places", ["data_parallel", "table_wise", "column_wise", "row_wise"])
 @pytest.mark.parametrize("kind", DENSE)
 def test_dense_optimizers(ranks2: RankPool, kind: str, places: str, config: ReclusterConfig) -> None:
@@ -300,7 +300,7 @@ def check_failure(rank: int, world_size: int, places: str, where: str, number: i
         mock.patch.object(module, attribute, side_effect=function) as patched,
         pytest.raises(RuntimeError, match=f"rank {failing_rank}: MemoryError: a cat on the keyboard") as caught,
     ):
-        recluster(dmp, seed=1, config=CARRY)
+        recluster(dmp, seed=1, config=CONFIG)
     assert time.monotonic() - started < 10
     assert isinstance(caught.value.__cause__, MemoryError) == (rank == failing_rank)
     torch.testing.assert_close(everything(dmp), (old_state, old_sums), rtol=0, atol=0)

@@ -20,7 +20,7 @@ from tests.distributed.reference import loss_of, whole_state
 pytestmark = pytest.mark.distributed
 
 CONFIG = ReclusterConfig(decode_batch_size=100, points_per_centroid=4, num_iterations=8)  # several batches, a sample
-CARRY = dataclasses.replace(CONFIG, optimizer_state="carry")
+RESET = dataclasses.replace(CONFIG, optimizer_state="reset")
 PREFIX = "collection._decoders."
 
 
@@ -79,7 +79,7 @@ def cluster_replicas(rank: int, world_size: int, config: ReclusterConfig) -> Any
     return clustered(config, dist.group.WORLD)
 
 
-@pytest.mark.parametrize("config", [CONFIG, CARRY], ids=lambda config: config.optimizer_state)
+@pytest.mark.parametrize("config", [RESET, CONFIG], ids=lambda config: config.optimizer_state)
 def test_2_replicas_cluster_as_one(ranks2: RankPool, config: ReclusterConfig) -> None:
     expected = clustered(config)
     results = ranks2.run(cluster_replicas, config)
@@ -127,7 +127,7 @@ def fail_on_one_rank(rank: int, world_size: int, failing_call: int) -> int:
         mock.patch.object(windows_module, "nearest_windows", side_effect=counting),
         pytest.raises(RuntimeError, match="rank 1: MemoryError: a cat on the keyboard"),
     ):
-        recluster(model, seed=1, config=CARRY, optimizer=optimizer, process_group=dist.group.WORLD)
+        recluster(model, seed=1, config=CONFIG, optimizer=optimizer, process_group=dist.group.WORLD)
     after = outcome(model, optimizer, [])[0]
     torch.testing.assert_close(after, before, rtol=0, atol=0)
     return calls

@@ -151,7 +151,7 @@ def test_the_first_match_is_the_smallest_size_as_good_as_full() -> None:
 def test_levers_are_tried_on_the_other_split_and_differ() -> None:
     settings = [plans.lever_settings("ml-100k", name, 4_096, 1) for name in plans.LEVERS]
     assert {one.split for one in settings} == {"tune"}
-    assert len({store.key_of(asdict(one)) for one in settings}) == len(settings)
+    assert len({store.key_of_settings(one) for one in settings}) == len(settings)
 
 
 def test_differences_are_over_the_same_seeds() -> None:
@@ -183,10 +183,25 @@ def test_runs_from_before_a_setting_existed_are_found() -> None:
     assert not pointers.is_of_grid(record)
 
 
+@pytest.mark.parametrize("method", ["full", "ce", "cce", "residual_cce", "pq", "published_ce"])
+def test_runs_from_before_a_default_changed_are_those_of_the_old_one(method: str) -> None:
+    now = asdict(plans.reported_settings("gowalla", method, 65_536, 1))
+    then = {name: value for name, value in now.items() if name != "start_from_mean"} | {"optimizer_state": "reset"}
+    record = {"settings": then, "best_bce": 0.5}
+
+    def found(**changes: object) -> list:
+        settings = plans.reported_settings("gowalla", method, 65_536, 1)
+        return store.found([record], lambda seed: replace(settings, seed=seed, **changes))
+
+    assert found() == ([] if method in ("cce", "residual_cce") else [record])
+    assert found(start_from_mean=False, optimizer_state="reset") == [record]
+
+
 def test_the_grid_of_pointers_knows_its_runs_and_counts_their_bytes() -> None:
     grid = pointers.grid("gowalla", [65_536], [1])
     assert len({str(settings) for settings in grid}) == len(grid) == 12
     assert all(pointers.is_of_grid({"settings": asdict(settings)}) for settings in grid)
+    assert all(pointers.is_of_grid({"settings": {**asdict(one), "optimizer_state": "reset"}}) for one in grid)
     quarter = pointers.settings("gowalla", 65_536, 8, 0.25, 1)
     methods = gmf.methods_of(quarter, (2000, 4000))
     assert [method.num_assigned_ids for method in methods] == [500, 1000]

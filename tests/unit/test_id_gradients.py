@@ -1,6 +1,7 @@
 """Gradients by id against loops over occurrences in float64, and what a re-clustering makes of them."""
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,9 +21,9 @@ from cce_torchrec import (
     record_gradients,
 )
 from cce_torchrec.recluster.collectives import LocalCollectives
-from cce_torchrec.recluster.gradients import most_sensitive_ids, steps_from
+from cce_torchrec.recluster.gradients import most_sensitive_ids, targets_from
 from cce_torchrec.sums_by_id import SumsById
-from tests.unit.cce_tables import Snapshot, build, cce_table
+from tests.unit.cce_tables import build, cce_table
 from tests.unit.oracles import make_kjt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,22 +155,67 @@ def test_the_bytes_of_a_collection_are_shared_out_to_its_tables() -> None:
     assert [len(sums.sums()[0]) for sums in collection.id_gradients.by_table.values()] == [5, 5]
 
 
-def test_steps_by_hand() -> None:
+def targets_of(
+    sums: SumsById, decode: Callable[[Tensor], Tensor] | None, config: ReclusterConfig
+) -> Callable[[Tensor, slice], Tensor]:
+    """Of vectors that are all (10, 20)."""
+    targets = targets_from(sums, decode, config, torch.device("cpu"), LocalCollectives())
+    vectors_D = torch.tensor([10.0, 20.0])
+    return lambda ids_N, dims: targets(ids_N, vectors_D[dims].expand(len(ids_N), -1), dims)
+
+
+def test_targets_by_hand() -> None:
     sums = SumsById(3)
     sums.add(torch.tensor([9, 4]), torch.tensor([[1.0, -2.0, 3.0], [4.0, 0.0, 1.0]]))
     config = ReclusterConfig(gradient_step=0.5, gradient_damping=2.0)
-    steps = steps_from(sums, config, torch.device("cpu"), LocalCollectives())
     # The mean of T is 2, so the curvatures are 3 + 4 and 1 + 4.
-    expected = torch.tensor([[-0.5 / 7, 1.0 / 7], [0.0, 0.0], [-2.0 / 5, 0.0]])
-    torch.testing.assert_close(steps(torch.tensor([9, 5, 4]), slice(None)), expected)
-    torch.testing.assert_close(steps(torch.tensor([9, 5, 4]), slice(1, 2)), expected[:, 1:])
+    steps = torch.tensor([[-0.5 / 7, 1.0 / 7], [0.0, 0.0], [-2.0 / 5, 0.0]])
+    targets, ids = targets_of(sums, None, config), torch.tensor([9, 5, 4])
+    torch.testing.assert_close(targets(ids, slice(None)), torch.tensor([10.0, 20.0]) + steps)
+    torch.testing.assert_close(targets(ids, slice(1, 2)), 20.0 + steps[:, 1:])
 
 
-def test_gradients_that_are_all_zero_move_nothing() -> None:
+def test_hashed_vectors_start_from_the_mean_as_far_as_nothing_is_known() -> None:
+    sums = SumsById(3)
+    sums.add(torch.tensor([9, 4]), torch.tensor([[1.0, -2.0, 3.0], [4.0, 0.0, 1.0]]))
+    config = ReclusterConfig(gradient_step=0.5, gradient_damping=2.0, decode_batch_size=1)
+    seen = {9: torch.tensor([4.0, 0.0]), 4: torch.tensor([0.0, 8.0])}  # their mean is (2, 4)
+    targets = targets_of(sums, lambda ids_N: torch.stack([seen[v] for v in ids_N.tolist()]), config)
+    expected = [
+        [2 + 8 * 3 / 7 - 0.5 / 7, 4 + 16 * 3 / 7 + 1 / 7],
+        [2.0, 4.0],
+        [2 + 8 * 1 / 5 - 2 / 5, 4 + 16 * 1 / 5],
+    ]
+    ids = torch.tensor([9, 5, 4])
+    torch.testing.assert_close(targets(ids, slice(None)), torch.tensor(expected))
+    torch.testing.assert_close(targets(ids, slice(0, 1)), torch.tensor(expected)[:, :1])
+
+
+def test_the_target_of_a_hashed_vector_is_the_best_guess() -> None:
+    """The least of T |x - where the gradients ask it to be|^2 + mean T |x - mean|^2, by autograd."""
+    random = torch.Generator().manual_seed(0)
+    gradient_UD, vectors_UD = (torch.randn(6, 2, generator=random) for _ in range(2))
+    bound_U = torch.rand(6, generator=random)
+    sums = SumsById(3)
+    sums.add(torch.arange(6), torch.cat([gradient_UD, bound_U[:, None]], dim=1))
+    targets = targets_from(
+        sums, lambda ids_N: vectors_UD[ids_N], ReclusterConfig(), torch.device("cpu"), LocalCollectives()
+    )
+    wanted_UD = targets(torch.arange(6), vectors_UD, slice(None)).double().requires_grad_()
+    asked_UD = (vectors_UD - gradient_UD / bound_U[:, None]).double()
+    mean_D = vectors_UD.double().mean(dim=0)
+    loss_U = bound_U.double() * (wanted_UD - asked_UD).square().sum(dim=1)
+    loss_U += bound_U.double().mean() * (wanted_UD - mean_D).square().sum(dim=1)
+    (slope_UD,) = torch.autograd.grad(loss_U.sum(), wanted_UD)
+    assert float(slope_UD.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("decode", [None, lambda ids_N: torch.zeros(len(ids_N), 1)], ids=["learned", "hashed"])
+def test_gradients_that_are_all_zero_move_nothing(decode: Callable[[Tensor], Tensor] | None) -> None:
     sums = SumsById(2)
     sums.add(torch.tensor([1]), torch.zeros(1, 2))
-    steps = steps_from(sums, ReclusterConfig(), torch.device("cpu"), LocalCollectives())
-    assert torch.equal(steps(torch.arange(3), slice(None)), torch.zeros(3, 1))
+    targets = targets_from(sums, decode, ReclusterConfig(), torch.device("cpu"), LocalCollectives())
+    assert torch.equal(targets(torch.arange(3), torch.ones(3, 1), slice(None)), torch.ones(3, 1))
 
 
 def test_the_most_sensitive_ids() -> None:
@@ -187,24 +233,31 @@ METHODS = {
 }
 
 
+@pytest.mark.parametrize("start_from_mean", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_vectors_move_by_their_steps_where_clustering_loses_nothing(method: str) -> None:
+def test_vectors_are_where_ids_want_to_be_where_clustering_loses_nothing(method: str, start_from_mean: bool) -> None:
     # More rows than ids: every id has a centroid of its own.
     collection = build(cce_table(30, method=METHODS[method]))
-    before = Snapshot.of(collection) if method == "cce" else None
-    old_VD = collection.dense_weight("t").double()
-    record_gradients(collection)
-    batch = make_kjt({"f_t": [[v] for v in range(20)]})
-    (collection(batch)["f_t"] ** 3).sum(dim=1).mean().backward()
-    gradient_UD = 3 * old_VD[:20] ** 2
-    bound_U = gradient_UD.square().sum(dim=1)
-    expected_VD = old_VD.clone()
-    expected_VD[:20] -= 0.7 * gradient_UD / (bound_U + 0.3 * bound_U.mean())[:, None]
-    config = ReclusterConfig(gradient_step=0.7, gradient_damping=0.3)
-    recluster(collection, seed=0, config=config)
-    torch.testing.assert_close(collection.dense_weight("t").double(), expected_VD, rtol=1e-4, atol=1e-5)
-    assert before is None or not torch.allclose(before.vectors_VD, expected_VD)
-    assert len(collection.id_gradients.by_table["t"].sums()[0]) == 0  # used up
+    config = ReclusterConfig(gradient_step=0.7, gradient_damping=0.3, start_from_mean=start_from_mean)
+    for version in range(2):
+        old_VD = collection.dense_weight("t").double()
+        record_gradients(collection)
+        batch = make_kjt({"f_t": [[v] for v in range(20)]})
+        (collection(batch)["f_t"] ** 3).sum(dim=1).mean().backward()
+        gradient_UD = 3 * old_VD[:20] ** 2
+        bound_U = gradient_UD.square().sum(dim=1)
+        curvature_U1 = (bound_U + 0.3 * bound_U.mean())[:, None]
+        expected_VD = old_VD.clone()
+        if version == 0 and start_from_mean:  # later, assignments were learned
+            mean_D = old_VD[:20].mean(dim=0)
+            expected_VD[20:] = mean_D
+            expected_VD[:20] = mean_D + (old_VD[:20] - mean_D) * bound_U[:, None] / curvature_U1
+        expected_VD[:20] -= 0.7 * gradient_UD / curvature_U1
+        recluster(collection, seed=version, config=config)
+        new_VD = collection.dense_weight("t").double()
+        torch.testing.assert_close(new_VD, expected_VD, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(new_VD, old_VD)
+        assert len(collection.id_gradients.by_table["t"].sums()[0]) == 0  # used up
 
 
 def test_gradients_find_clusters_that_hashes_hide() -> None:
@@ -258,6 +311,7 @@ def test_rates_that_cannot_be(fields: dict) -> None:
         ReclusterConfig(**fields)
 
 
-def test_a_negative_number_of_steps() -> None:
-    with pytest.raises(ValueError, match="gradient_steps=-1 must be 0 or more"):
-        ReclusterSchedule(total_steps=5, gradient_steps=-1)
+@pytest.mark.parametrize("name", ["gradient_steps", "background_steps"])
+def test_a_negative_number_of_steps(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=-1 is not an integer of 0 or more"):
+        ReclusterSchedule(total_steps=5, **{name: -1})

@@ -25,6 +25,7 @@ from cce_torchrec import (
     recluster,
 )
 from cce_torchrec.methods import CE, HashingTrick, MethodConfig
+from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.encoding import smallest_int_dtype
 from cce_torchrec.planner.expected_loss import expected_loss
 from cce_torchrec.planner.footprint import Devices, footprint
@@ -157,6 +158,7 @@ def test_bytes_are_those_of_the_model(name: Any, fields: dict[str, Any]) -> None
             assert counted.gradients == sum(g.numel() * g.element_size() for g in gradients if g is not None)
 
 
+@pytest.mark.parametrize("is_trained", [False, True], ids=["new", "trained"])
 @pytest.mark.parametrize(
     ("method", "num_ids", "dim"),
     [
@@ -166,21 +168,31 @@ def test_bytes_are_those_of_the_model(name: Any, fields: dict[str, Any]) -> None
         (ResidualCCE(num_rows=128, num_columns=4), 30_000, 32),
         (CCE(num_rows=300, num_columns=4, bit_packed=True), 20_000, 16),
         (CCE(num_rows=128, num_columns=4, num_assigned_ids=20_000), 30_000, 16),
+        (CCE(num_rows=64, num_columns=4, num_helper_rows=20_000), 2_000, 16),
     ],
 )
-def test_the_workspace_is_an_upper_bound(method: MethodConfig, num_ids: int, dim: int) -> None:
+def test_the_workspace_is_an_upper_bound(method: MethodConfig, num_ids: int, dim: int, is_trained: bool) -> None:
     config = CompressedEmbeddingBagConfig(
         name="t", num_embeddings=num_ids, embedding_dim=dim, feature_names=["f"], method=method
     )
     collection = CompressedEmbeddingBagCollection(tables=[config])
+    optimizer, carried = torch.optim.Adam(collection.parameters()), 0
+    if is_trained:
+        for parameter in collection.parameters():
+            parameter.grad = torch.ones_like(parameter)
+            carried += 2 * 4 * parameter.numel()
+        optimizer.step()
+        optimizer.zero_grad()
     seen = {"t": torch.arange(num_ids, 0, -1.0)} if getattr(method, "num_assigned_ids", None) else None
     tracker = MemTracker()
-    tracker.track_external(collection)
+    tracker.track_external(collection, optimizer)
     with tracker:
         before = tracker.get_tracker_snapshot("current")[CPU]["Total"]
-        recluster(collection, seed=0, config=ReclusterConfig(num_iterations=2), id_weights=seen)
+        recluster(collection, seed=0, config=ReclusterConfig(num_iterations=2), optimizer=optimizer, id_weights=seen)
     measured = tracker.get_tracker_snapshot("peak")[CPU]["Total"] - before
-    bound = recluster_workspace(collection.lowered_tables[0].row_map, ReclusterConfig(), 1, "cpu")  # type: ignore[arg-type]
+    row_map = collection.lowered_tables[0].row_map
+    assert isinstance(row_map, CCERowMap)
+    bound = recluster_workspace(row_map, ReclusterConfig(), 1, "cpu", optimizer_bytes=carried)
     scores = 4 << 20  # the block of distances, which is not used where the native kernel runs
     assert measured <= sum(bound) <= 2.5 * measured + scores
 

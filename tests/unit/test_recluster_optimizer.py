@@ -73,7 +73,7 @@ def test_carry_gives_each_row_the_mean_over_its_ids(make: type[Optimizer], weigh
     old = {name: states(collection, optimizer, name) for name in OPTIMIZERS[make]}
     weights = torch.rand(V, generator=torch.Generator().manual_seed(0)) if weighted else torch.ones(V)
     options: dict[str, Any] = {"id_weights": {"t": weights}} if weighted else {}
-    recluster(collection, seed=0, config=ReclusterConfig(optimizer_state="carry"), optimizer=optimizer, **options)
+    recluster(collection, seed=0, optimizer=optimizer, **options)  # the default
     after = Snapshot.of(collection)
     for name in OPTIMIZERS[make]:
         for column, (old_RS, new_RS) in enumerate(zip(old[name], states(collection, optimizer, name), strict=True)):
@@ -83,11 +83,11 @@ def test_carry_gives_each_row_the_mean_over_its_ids(make: type[Optimizer], weigh
 
 
 @every_optimizer
-def test_reset_is_the_default_and_starts_at_zero(make: type[Optimizer]) -> None:
+def test_reset_starts_at_zero(make: type[Optimizer]) -> None:
     collection, optimizer = trained(make)
     tensors = {name: [optimizer.state[b][name] for b in Snapshot.of(collection).codebooks] for name in OPTIMIZERS[make]}
     assert all(tensor.any() for kind in tensors.values() for tensor in kind)
-    recluster(collection, seed=0, optimizer=optimizer)
+    recluster(collection, seed=0, optimizer=optimizer, config=ReclusterConfig(optimizer_state="reset"))
     assert not any(tensor.any() for kind in tensors.values() for tensor in kind)  # in place
 
 
@@ -128,12 +128,12 @@ def test_an_optimizer_applied_in_backward_needs_no_naming(make: type[Optimizer])
     assert len(tensors) == 2
     assert all(tensor.any() for tensor in tensors)
     before, old = Snapshot.of(collection), [tensor.clone().view(K + HELPERS, -1) for tensor in tensors]
-    recluster(collection, seed=0, config=ReclusterConfig(optimizer_state="carry"))
+    recluster(collection, seed=0)
     after = Snapshot.of(collection)
     for column, (old_RS, new) in enumerate(zip(old, tensors, strict=True)):
         expected = inherited(old_RS, before, after, column, torch.ones(V))
         torch.testing.assert_close(new.view(K + HELPERS, -1).double(), expected, rtol=1e-5, atol=1e-7)
-    recluster(collection, seed=1)
+    recluster(collection, seed=1, config=ReclusterConfig(optimizer_state="reset"))
     assert not any(tensor.any() for tensor in tensors)
 
 

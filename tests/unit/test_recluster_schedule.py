@@ -73,11 +73,11 @@ def test_config_and_optimizer_are_passed_on() -> None:
     for parameter in collection.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    schedule = ReclusterSchedule(total_steps=10, count=1, config=ReclusterConfig(optimizer_state="carry"))
-    schedule.step(8, collection, optimizer=optimizer)
+    ReclusterSchedule(total_steps=10, count=1).step(8, collection, optimizer=optimizer)
     book = collection.codebook("t:0")
     torch.testing.assert_close(optimizer.state[book]["exp_avg"][:12], torch.full((12, 4), 0.1))  # carried, not zero
-    ReclusterSchedule(total_steps=10, count=1).step(8, collection, optimizer=optimizer)
+    schedule = ReclusterSchedule(total_steps=10, count=1, config=ReclusterConfig(optimizer_state="reset"))
+    schedule.step(8, collection, optimizer=optimizer)
     assert not optimizer.state[book]["exp_avg"].any()
 
 

@@ -13,6 +13,8 @@ from tests.unit.window_tables import METHODS, D, Snapshot, V, build, decoder_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+RESET = ReclusterConfig(optimizer_state="reset")
+
 
 def trained(method: CCERobe, kind: type[torch.optim.Optimizer], **options):
     collection = build(method)
@@ -24,7 +26,7 @@ def trained(method: CCERobe, kind: type[torch.optim.Optimizer], **options):
 
 def test_reset_adam_starts_anew() -> None:
     collection, optimizer = trained(METHODS[0], torch.optim.Adam)
-    recluster(collection, seed=1, optimizer=optimizer)
+    recluster(collection, seed=1, optimizer=optimizer, config=RESET)
     for parameter in collection.parameters():
         state = optimizer.state[parameter]
         assert [float(state[name].abs().sum()) for name in ("step", "exp_avg", "exp_avg_sq")] == [0, 0, 0]
@@ -32,7 +34,7 @@ def test_reset_adam_starts_anew() -> None:
 
 def test_reset_adagrad_goes_back_to_its_initial_value() -> None:
     collection, optimizer = trained(METHODS[0], torch.optim.Adagrad, initial_accumulator_value=0.5)
-    recluster(collection, seed=1, optimizer=optimizer)
+    recluster(collection, seed=1, optimizer=optimizer, config=RESET)
     assert all(bool((optimizer.state[parameter]["sum"] == 0.5).all()) for parameter in collection.parameters())
 
 
@@ -41,7 +43,7 @@ def test_carried_state_is_the_mean_over_the_elements_that_read_a_cell() -> None:
     decoder = decoder_of(collection)
     before, parameters = Snapshot.of(decoder), (decoder.memory, decoder.helper)
     old = [{name: optimizer.state[p][name].clone() for name in ("exp_avg", "exp_avg_sq")} for p in parameters]
-    recluster(collection, seed=1, optimizer=optimizer, config=ReclusterConfig(optimizer_state="carry"))
+    recluster(collection, seed=1, optimizer=optimizer)  # the default
     after = Snapshot.of(decoder)
     pairs = ((before.offsets, after.offsets), (before.helper_offsets, after.helper_offsets))
     for parameter, states, (old_at, new_at) in zip(parameters, old, pairs, strict=True):
@@ -64,9 +66,9 @@ def test_an_optimizer_in_backward_is_found(caplog: pytest.LogCaptureFixture) -> 
     decoder = decoder_of(collection)
     sums = [p._in_backward_optimizers[0].state[p]["sum"] for p in (decoder.memory, decoder.helper)]
     assert all(float(sum_M.sum()) > 0 for sum_M in sums)
-    recluster(collection, seed=1, config=ReclusterConfig(optimizer_state="carry"))
+    recluster(collection, seed=1)
     assert all(float(sum_M.sum()) > 0 for sum_M in sums)
-    recluster(collection, seed=2)
+    recluster(collection, seed=2, config=RESET)
     assert all(float(sum_M.sum()) == 0 for sum_M in sums)
     assert "stale" not in caplog.text
 
