@@ -32,7 +32,7 @@ def test_a_reset_adam_steps_as_a_fresh_one() -> None:
         worn_adam.zero_grad()
         (worn(bags).values() - 1).square().sum().backward()
         worn_adam.step()
-    recluster(worn, seed=0, optimizer=worn_adam)
+    recluster(worn, seed=0, optimizer=worn_adam, config=ReclusterConfig(optimizer_state="reset"))
     fresh.load_state_dict(worn.state_dict())
     fresh_adam = torch.optim.Adam(fresh.parameters(), lr=0.1)
     for collection, adam in ((worn, worn_adam), (fresh, fresh_adam)):
