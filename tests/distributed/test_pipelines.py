@@ -28,6 +28,7 @@ from cce_torchrec import (
     CompressedEmbeddingBagCollection,
     CompressedEmbeddingBagConfig,
     HashingTrick,
+    ReclusterConfig,
     ReclusterSchedule,
     recluster,
 )
@@ -50,6 +51,8 @@ pytestmark = pytest.mark.distributed
 
 COLLECTION = "model.sparse_arch.embedding_bag_collection"
 STEPS = 8
+# The reference's optimizer is by hand, and starts anew where rows are rewritten.
+RESET = ReclusterConfig(optimizer_state="reset")
 RECLUSTER_AFTER = {2: 12, 3: 13, 6: 16}  # completed optimizer steps (two in a row, too), and the seeds
 DENSE_LEARNING_RATE = 0.1
 PIPELINES: dict[str, Callable[..., Any]] = {
@@ -107,7 +110,7 @@ def reference_losses(model: DLRMTrain, world_size: int, places: str, seeds: dict
         sparse.step()
         losses.append([loss.item() for loss in of_ranks])
         if step + 1 in seeds:
-            recluster(model, seed=seeds[step + 1])
+            recluster(model, seed=seeds[step + 1], config=RESET)
             for name, sums in sparse.sums.items():
                 if name.startswith(("cce:", "residual:")):
                     sums.zero_()
@@ -161,7 +164,7 @@ def assert_pipelined(pipeline: Any, messages: list[str]) -> None:
 
 def recluster_if_due(completed_steps: int, dmp: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
     if completed_steps in RECLUSTER_AFTER:
-        recluster(dmp, seed=RECLUSTER_AFTER[completed_steps], optimizer=optimizer)
+        recluster(dmp, seed=RECLUSTER_AFTER[completed_steps], config=RESET, optimizer=optimizer)
 
 
 def train_losses(
@@ -224,7 +227,9 @@ def test_losses_with_signs(ranks2: RankPool, places: str) -> None:
 
 def run_scheduled(rank: int, world_size: int, places: str) -> float:
     # The reference's loss is a mean over ranks, so gradients recorded of it are smaller: see test_id_gradients_ranks.
-    schedule = ReclusterSchedule(total_steps=STEPS, count=2, stop_after_fraction=0.8, gradient_steps=0, seed=5)
+    schedule = ReclusterSchedule(
+        total_steps=STEPS, count=2, stop_after_fraction=0.8, gradient_steps=0, seed=5, config=RESET
+    )
     seeds = {3: 5 * 1_000_003 + 3, 6: 5 * 1_000_003 + 6}
     return run_both(rank, world_size, "sparse_dist", places, seeds=seeds, after_step=schedule.step)
 
@@ -249,7 +254,7 @@ def predictions(reference: DLRMTrain, rank: int) -> list[Tensor]:
         with torch.no_grad():
             results.append(reference(batch_of(step, rank))[1][1])
         if step + 1 in RECLUSTER_AFTER:
-            recluster(reference, seed=RECLUSTER_AFTER[step + 1])
+            recluster(reference, seed=RECLUSTER_AFTER[step + 1], config=RESET)
     return results
 
 
@@ -270,7 +275,7 @@ def check_eval(rank: int, world_size: int, places: str, detach_after: int) -> No
                 pipeline.detach()  # the next call of progress attaches it again
                 dmp(batch_of(0, rank))
             if completed in RECLUSTER_AFTER:
-                recluster(dmp, seed=RECLUSTER_AFTER[completed])
+                recluster(dmp, seed=RECLUSTER_AFTER[completed], config=RESET)
         with pytest.raises(StopIteration):
             pipeline.progress(batches)
     assert_pipelined(pipeline, messages)
