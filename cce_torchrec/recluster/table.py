@@ -72,8 +72,8 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
         _add_hashed_ids(sums, state, chosen, config, collectives)
     sums.reduce(collectives)
     places_N = moved_sample(row_map.num_embeddings if chosen is None else len(chosen), block)
-    after_CN = row_map.encoding.decode(assignments[places_N - block.start]).T.to(torch.int64)
-    moved = moved_fraction(row_map.main_rows(block.at(places_N)), after_CN, row_map.num_codes, collectives)
+    after_NA = row_map.encoding.decode(assignments[places_N - block.start])
+    moved = moved_fraction(row_map.assigned(block.at(places_N)), after_NA, row_map.num_codes, collectives)
     if chosen is not None or len(row_map.assignments) == row_map.num_embeddings:  # this rank holds those of all ids
         assignments = gather_assignments(assignments, collectives)
     return NewTable(

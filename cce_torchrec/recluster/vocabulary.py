@@ -143,23 +143,29 @@ def evenly_spaced(num_ids: int, block: Block, size: int) -> Tensor:
     return torch.arange(first, block.stop, step, device=block.device)
 
 
-def moved_fraction(before_CN: Tensor, after_CN: Tensor, num_clusters: int, collectives: Collectives) -> float:
+def pair_dtype(num_clusters: int) -> torch.dtype:
+    """The narrowest that every backend sends and that holds two clusters as one number."""
+    return torch.int32 if num_clusters**2 <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def moved_fraction(before_NC: Tensor, after_NC: Tensor, num_clusters: int, collectives: Collectives) -> float:
     """Ids that did not follow the majority of their old cluster, over the given ids of all ranks and all columns.
 
     Args:
-        before_CN: clusters, int64 [C, N].
-        after_CN: the same after the clustering.
+        before_NC: clusters, integers [N, C].
+        after_NC: the same after the clustering.
         num_clusters: they are in [0, num_clusters).
         collectives: how to reach the other ranks.
     """
-    pairs_NC = collectives.all_gather_rows((before_CN * num_clusters + after_CN).T)
-    stayed = torch.zeros(1, dtype=torch.int64, device=before_CN.device)
+    pairs_NC = before_NC.to(pair_dtype(num_clusters), copy=True).mul_(num_clusters).add_(after_NC)
+    pairs_NC = collectives.all_gather_rows(pairs_NC)
+    stayed = torch.zeros(1, dtype=torch.int64, device=before_NC.device)
     for column, pairs_N in enumerate(pairs_NC.T):
         if not collectives.is_mine(column):
             continue
         pairs, counts = torch.unique(pairs_N, return_counts=True)
-        most = torch.zeros(num_clusters, dtype=torch.int64, device=before_CN.device)
-        stayed += most.scatter_reduce_(0, pairs // num_clusters, counts, "amax").sum()
+        most = torch.zeros(num_clusters, dtype=torch.int64, device=before_NC.device)
+        stayed += most.scatter_reduce_(0, pairs.to(torch.int64) // num_clusters, counts, "amax").sum()
     return 1 - int(collectives.all_reduce_sum(stayed)) / pairs_NC.numel()
 
 

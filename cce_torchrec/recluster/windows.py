@@ -143,7 +143,7 @@ def recluster_windows(
         offsets[ids_N[0] - block.start : ids_N[-1] + 1 - block.start] = sums.add(ids_N)
     sums.reduce(collectives)
     ids_N = moved_sample(num_ids, block)
-    after_NC = offsets[ids_N - block.start].to(torch.int64)
+    after_NC = offsets[ids_N - block.start]
     helper_M = sums.helper()
     return NewWindows(
         offsets=gather_assignments(offsets, collectives),
@@ -151,7 +151,7 @@ def recluster_windows(
         memories=(memory_M, helper_M.float()),
         optimizer_state=sums.optimizer_state(),
         relative_squared_error=sums.relative_squared_error(helper_M),
-        moved_fraction=moved_fraction(decoder.main_offsets(ids_N).T, after_NC.T, num_cells, collectives),
+        moved_fraction=moved_fraction(decoder.main_offsets(ids_N), after_NC, num_cells, collectives),
         empty_clusters=sums.empty_clusters(),
     )
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster import ReclusterConfig
-from cce_torchrec.recluster.vocabulary import MOVED_SAMPLE
+from cce_torchrec.recluster.vocabulary import MOVED_SAMPLE, pair_dtype
 from cce_torchrec.recluster.workspace import Workspace, columns_together, recluster_workspace
 
 _WORD = 8  # bytes of a float64 or int64
@@ -175,7 +175,8 @@ def _messages(
     summed_rows = row_map.num_helper_rows + row_map.storage.num_hot_ids
     helpers = len(row_map.columns) * summed_rows * fit.dim
     step = max(1, row_map.num_embeddings // MOVED_SAMPLE)
-    gathers = [(1, -(-share // step) * len(row_map.columns) * row_map.num_assigned)]  # ids that moved
+    moved = -(-share // step) * row_map.assignments_per_id * pair_dtype(row_map.num_codes).itemsize
+    gathers: list[tuple[int, int]] = []
     sums = [
         (1, 1),  # the weight of all ids, for the sample
         (1, 2 + 2 * rows + helpers),
@@ -188,8 +189,9 @@ def _messages(
             gathers.append((calls, together * candidates * (4 + fit.dim)))
             gathers.append((calls, -(-together // world_size) * wanted * 2))
         sums.append((calls * (fit.iterations + 1), together * (fit.num_centroids * (fit.dim + 1) + 1)))
-    announced = sum(groups.values()) + sum(calls for calls, _ in gathers + sums)
+    announced = 1 + sum(groups.values()) + sum(calls for calls, _ in gathers + sums)
     messages = [Message("all_gather", calls, words * _WORD) for calls, words in [(announced, 1), *gathers]]
+    messages.append(Message("all_gather", 1, moved))
     messages += [Message("all_reduce", calls, words * _WORD) for calls, words in sums]
     if not is_sharded:
         size = share * row_map.assignments.shape[1] * row_map.assignments.element_size()

@@ -26,7 +26,7 @@ def test_the_moved_fraction_is_that_of_a_loop(world_size: int) -> None:
     shares = torch.arange(500).tensor_split(world_size)
     for found in on_threads(
         world_size,
-        lambda ranks: moved_fraction(before_CN[:, shares[ranks.rank]], after_CN[:, shares[ranks.rank]], 7, ranks),
+        lambda ranks: moved_fraction(before_CN.T[shares[ranks.rank]], after_CN.T[shares[ranks.rank]], 7, ranks),
     ):
         assert found == pytest.approx(1 - stayed / 1500)
 
