@@ -186,9 +186,8 @@ it is over the same seeds, negative is better.
 
 * Few steps. Thirty epochs of MovieLens-100K are 540 steps, six of Gowalla 2,376, at 1e-3: runs hardly overfit and mostly
   still improve at the end, full tables included. Whatever makes vectors move faster then looks better. Adam moves each row by
-  about the learning rate, so a vector that is the sum of six rows moves up to six times as far as a single row. And a
-  re-clustering with `optimizer_state="reset"` zeroes Adam's moments but not its step count, so that the next steps are
-  larger than the bias correction would have them. The rows with a learning rate of 0.003 show how much of a gain is this.
+  about the learning rate, so a vector that is the sum of six rows moves up to six times as far as a single row. The rows with
+  a learning rate of 0.003 show how much of a gain is this.
 * "Full" depends on the initial size of the vectors more than on anything else that was tried. The standard deviation of 0.03
   was chosen on the other split, for all methods alike; methods whose vectors are products may want another.
 * Re-clusterings follow the [gradients](../recluster.md#gradients) of the 100 steps before them, so a re-clustering is also a

@@ -3,8 +3,8 @@
     moved(v) = x_now(v) - x_read(v)                               both by the old rows of id v: how far training took it
     M[j]  <-  M[j] + mean of moved(v) over the ids v of row j     codebook by codebook, each takes what those before left
 
-The means are over evenly spaced ids, about ``points_per_centroid`` for each row: over all where a table has no more. A row
-that none of them uses stays. Ids with a row of their own take all along.
+The means are over evenly spaced ids, about 64 for each row: over all where a table has no more. A row that none of them uses
+stays. Ids with a row of their own take all along.
 
 Shapes: N ids of this rank, C columns, R rows an id, D dims of a column, K rows of a table, W cells a window.
 """
@@ -21,6 +21,8 @@ from cce_torchrec.recluster.table_state import NewTable, TableState
 from cce_torchrec.recluster.vocabulary import Block, check_finite, evenly_spaced, id_weights
 from cce_torchrec.recluster.windows import NewWindows, WindowsState, cells_of
 
+_IDS_A_ROW = 64
+
 
 def moved_codebooks(
     state: TableState, new: NewTable, trained: list[Tensor], config: ReclusterConfig, collectives: Collectives
@@ -31,7 +33,7 @@ def moved_codebooks(
         state: what the new table was computed from.
         new: the new table.
         trained: the old codebooks as they are now.
-        config: how many ids to look at.
+        config: of the re-clustering.
         collectives: how to reach the other ranks.
 
     Raises:
@@ -41,7 +43,7 @@ def moved_codebooks(
         check_finite(state.name, f"column {column}", codebook, codebook.shape[1])
     row_map = state.row_map
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, trained[0].device, collectives)
-    ids_N = evenly_spaced(row_map.num_embeddings, block, config.points_per_centroid * row_map.columns[0].num_rows)
+    ids_N = evenly_spaced(row_map.num_embeddings, block, _IDS_A_ROW * row_map.columns[0].num_rows)
     weights_N = id_weights(state.weights_V, ids_N)
     old_rows_CNR, new_rows_CNR = state.rows(ids_N), _new_rows(state, new, ids_N, block)
     changes = [(now - before).double() for now, before in zip(trained, state.codebooks, strict=True)]
@@ -71,7 +73,7 @@ def moved_memories(
     for part, memory_M in zip(("the memory", "the helper memory"), trained, strict=True):
         check_finite(state.name, part, memory_M, decoder.width)
     block = Block.of_rank(decoder.num_embeddings, config.decode_batch_size, trained[0].device, collectives)
-    size = config.points_per_centroid * (len(trained[0]) // decoder.width)
+    size = _IDS_A_ROW * (len(trained[0]) // decoder.width)
     ids_N = evenly_spaced(decoder.num_embeddings, block, size)
     weights_E = id_weights(state.weights_V, ids_N).repeat_interleave(decoder.num_columns * decoder.width)
     main_M, helper_M = ((now - before).double() for now, before in zip(trained, state.memories, strict=True))

@@ -151,11 +151,10 @@ def test_windows_move_by_the_means_of_their_cells() -> None:
 
 def test_a_large_table_is_caught_up_by_a_sample_of_its_ids() -> None:
     """All rows of a codebook learn the same, so that any sample's means are those of all ids."""
-    config = ReclusterConfig(points_per_centroid=30)
     collection = build(cce_table(5_000))
     unmoved = copy.deepcopy(collection)
-    recluster(unmoved, seed=3, config=config)
-    under_way = recluster_in_background(collection, seed=3, config=config)
+    recluster(unmoved, seed=3)
+    under_way = recluster_in_background(collection, seed=3)
     with torch.no_grad():
         for parameter in collection.parameters():
             parameter += 1
