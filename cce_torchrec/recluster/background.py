@@ -105,11 +105,6 @@ class BackgroundReclustering:
         self._thread.start()
         self._stalled = time.perf_counter() - started
 
-    @property
-    def is_done(self) -> bool:
-        """Whether :meth:`commit` has nothing to wait for on this rank."""
-        return not self._thread.is_alive()
-
     def commit(self) -> ReclusterReport:
         """Put the result in place, once it is there; collective.
 

@@ -9,12 +9,13 @@ stays. Ids with a row of their own take all along.
 Shapes: N ids of this rank, C columns, R rows an id, D dims of a column, K rows of a table, W cells a window.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_rows
 from cce_torchrec.methods.assignments import find_sorted
-from cce_torchrec.methods.flat_memory import read_windows
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.table_state import NewTable, TableState
@@ -45,9 +46,9 @@ def moved_codebooks(
     block = Block.of_rank(row_map.num_embeddings, config.decode_batch_size, trained[0].device, collectives)
     ids_N = evenly_spaced(row_map.num_embeddings, block, _IDS_A_ROW * row_map.columns[0].num_rows)
     weights_N = id_weights(state.weights_V, ids_N)
-    old_rows_CNR, new_rows_CNR = state.rows(ids_N), _new_rows(state, new, ids_N, block)
+    new_rows_CNR = _new_rows(state, new, ids_N, block)
     changes = [(now - before).double() for now, before in zip(trained, state.codebooks, strict=True)]
-    moved_CND = torch.stack([change[rows_NR].sum(dim=1) for change, rows_NR in zip(changes, old_rows_CNR, strict=True)])
+    moved_CND = torch.stack(replace(state, codebooks=changes).decode(ids_N).chunk(len(changes), dim=1))
     books_CKD = torch.stack(new.codebooks).double()
     own_N = new_rows_CNR[0, :, 0]
     is_hot_N = (own_N >= row_map.num_main_rows) & (own_N < row_map.first_helper_row)
@@ -77,9 +78,7 @@ def moved_memories(
     ids_N = evenly_spaced(decoder.num_embeddings, block, size)
     weights_E = id_weights(state.weights_V, ids_N).repeat_interleave(decoder.num_columns * decoder.width)
     main_M, helper_M = ((now - before).double() for now, before in zip(trained, state.memories, strict=True))
-    moved_NCW = read_windows(main_M, decoder.main_offsets(ids_N), decoder.width)
-    moved_NCW = moved_NCW + read_windows(helper_M, decoder.helper_offsets(ids_N), decoder.width)
-    moved_1E1 = moved_NCW.reshape(1, -1, 1)
+    moved_1E1 = replace(state, memories=(main_M, helper_M)).decode(ids_N).reshape(1, -1, 1)
     helpers_NC = hash_rows(ids_N, new.helper_coefficients, len(helper_M)).T
     memories = []
     for memory_M, offsets_NC in zip(new.memories, (new.offsets[ids_N].to(torch.int64), helpers_NC), strict=True):

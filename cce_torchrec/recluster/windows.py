@@ -12,7 +12,6 @@ optimizer-state values a cell.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,6 +86,13 @@ class WindowsState:
             gradients=gradients,
         )
 
+    def decode(self, ids_N: Tensor) -> Tensor:
+        """The vectors of some ids, all columns side by side: [N, C * W]."""
+        decoder, (main_M, helper_M) = self.decoder, self.memories
+        vectors_NCW = read_windows(main_M, decoder.main_offsets(ids_N), decoder.width)
+        vectors_NCW += read_windows(helper_M, decoder.helper_offsets(ids_N), decoder.width)
+        return vectors_NCW.flatten(1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewWindows:
@@ -130,7 +136,7 @@ def recluster_windows(
         check_finite(state.name, part, memory_M, decoder.width)
     num_ids, num_cells = decoder.num_embeddings, len(state.memories[0])
     block = Block.of_rank(num_ids, config.decode_batch_size, state.memories[0].device, collectives)
-    decode = partial(_decode, state) if int(decoder.version) == 0 else None
+    decode = state.decode if int(decoder.version) == 0 else None
     recorded = gather_sums(state.gradients, block, collectives)
     targets = targets_from(recorded, decode, config, block.device, collectives)
     memory_M = _fit_memory(state, targets, block, derive_seed(seed, state.name), config, collectives)
@@ -192,17 +198,9 @@ def cells_of(offsets_NC: Tensor, width: int, num_cells: int) -> Tensor:
     return cells.remainder_(num_cells).flatten()
 
 
-def _decode(state: WindowsState, ids_N: Tensor) -> Tensor:
-    """The vectors of some ids, all columns side by side: [N, C * W]."""
-    decoder, (main_M, helper_M) = state.decoder, state.memories
-    vectors_NCW = read_windows(main_M, decoder.main_offsets(ids_N), decoder.width)
-    vectors_NCW += read_windows(helper_M, decoder.helper_offsets(ids_N), decoder.width)
-    return vectors_NCW.flatten(1)
-
-
 def _vectors(state: WindowsState, targets: Targets | None, ids_N: Tensor) -> Tensor:
     """The column vectors to cluster of some ids, what they decode to or where they want to be: [N * C, W]."""
-    vectors_ND = _decode(state, ids_N)
+    vectors_ND = state.decode(ids_N)
     if targets is not None:
         vectors_ND = targets(ids_N, vectors_ND, slice(None))
     return vectors_ND.view(-1, state.decoder.width)
