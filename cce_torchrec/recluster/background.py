@@ -175,10 +175,10 @@ class _Interruptible(Collectives):
         self._collectives, self._stop = collectives, stop
         self.rank, self.world_size = collectives.rank, collectives.world_size
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def _sum(self, tensor: Tensor) -> Callable[[], Tensor]:
         return self._collectives._sum(tensor)
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
+    def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         return self._collectives._gather(tensor)
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:

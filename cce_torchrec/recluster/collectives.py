@@ -2,21 +2,26 @@
 
 The maths calls ``collectives.all_reduce_sum(...)`` and is the same code on one process and on many; this file is the only
 place of the re-clustering that knows ``torch.distributed``. Every method is collective: all ranks call it, in the same
-order. Each begins with one number of every rank, which says how many rows it has or that it has failed. So in a ``with
-collectives.one_fails_all_fail():`` block, where one rank raises all do, and none is left waiting for another.
+order. Each begins with two numbers of every rank, which say what it is about to send or that it has failed. So in a ``with
+collectives.one_fails_all_fail():`` block, where one rank raises all do, and none is left waiting for another. A sum travels
+beside these numbers, without waiting for them; a rank that has failed reads there that it is expected, and sends zeros.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 _LONGEST_MESSAGE = 2000
 _FAILED = -1
+_EXCHANGED_BYTES = 2**22  # of what is exchanged, a copy for every rank
+_NO_SUM = 0
+_SUMMED = (None, torch.float64, torch.float32, torch.int64)  # dtypes, by the number that tells them
 
 
 class Collectives(ABC):
@@ -27,21 +32,27 @@ class Collectives(ABC):
     has_failed: bool = False  # whether an agreement has already told every rank of a failure
 
     @abstractmethod
-    def _sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's ``tensor``, on its device; not in place. All have the same shape and dtype."""
+    def _sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin the sum of every rank's flat ``tensor``, of the same length and dtype; a function that waits for it.
+
+        Sums are not in place, and on the device of ``tensor``.
+        """
 
     @abstractmethod
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's ``tensor``, in rank order, on its device. All have the same shape and dtype."""
+    def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
+        """Begin to gather every rank's ``tensor``, of the same shape and dtype; a function that waits for all, by rank."""
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's ``tensor`` (same shape and dtype on all ranks), as a new tensor on its device."""
-        self.agree()
-        return self._sum(tensor.detach())
+        """The sum of every rank's ``tensor`` (same shape on all ranks, float64, float32 or int64), new, on its device."""
+        headers = self._gather(torch.tensor([tensor.numel(), _SUMMED.index(tensor.dtype)]))
+        total = self._sum(tensor.detach().reshape(-1))
+        told, summed = headers(), total()
+        self._counts(told)
+        return summed.view(tensor.shape)
 
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
         """Every rank's ``tensor`` concatenated along dim 0 in rank order; dim 0 may differ and may be 0."""
-        counts = self._announce(len(tensor))
+        counts = self._counts(self._gather(torch.tensor([len(tensor), _NO_SUM]))())
         return self._gather_rows(tensor.detach(), counts)
 
     def is_mine(self, number: int) -> bool:
@@ -58,19 +69,20 @@ class Collectives(ABC):
             RuntimeError: on every rank, naming the ranks that failed and why; this rank's own error is its cause.
             Exception: ``error`` itself where every rank failed, as on bad input that all of them see.
         """
-        self._announce(0, error)
+        self._counts(self._gather(torch.tensor([0 if error is None else _FAILED, _NO_SUM]))(), error)
 
-    def _announce(self, count: int, error: Exception | None = None) -> list[int]:
+    def _counts(self, headers: list[Tensor], error: Exception | None = None) -> list[int]:
         """Every rank's count, unless one has failed: then as :meth:`agree`."""
-        number = torch.tensor([count if error is None else _FAILED])
-        counts: list[int] = torch.cat(self._gather(number)).tolist()
+        counts, kinds = torch.stack(headers).T.tolist()
         if min(counts) != _FAILED:
-            return counts
+            return list(counts)
         self.has_failed = True
         if max(counts) == _FAILED and error is not None:
             raise error
+        if error is not None and max(kinds) != _NO_SUM:  # the others are in the middle of a sum
+            self._sum(torch.zeros(max(counts), dtype=_SUMMED[max(kinds)]))()
         text = "" if error is None else f"{type(error).__name__}: {error}"[:_LONGEST_MESSAGE]
-        lengths = torch.cat(self._gather(torch.tensor([len(text)]))).tolist()
+        lengths = torch.cat(self._gather(torch.tensor([len(text)]))()).tolist()
         letters_L2 = torch.tensor([[self.rank, ord(letter)] for letter in text], dtype=torch.int64).view(-1, 2)
         messages: dict[int, str] = {}
         for rank, letter in self._gather_rows(letters_L2, lengths).tolist():
@@ -85,7 +97,7 @@ class Collectives(ABC):
             return tensor.clone()
         if len(tensor) < longest:
             tensor = torch.cat([tensor, tensor.new_zeros(longest - len(tensor), *tensor.shape[1:])])
-        shares = [share[:count] for share, count in zip(self._gather(tensor), counts, strict=True)]
+        shares = [share[:count] for share, count in zip(self._gather(tensor)(), counts, strict=True)]
         return shares[0] if len(shares) == 1 else torch.cat(shares)
 
     @contextmanager
@@ -108,15 +120,18 @@ class Collectives(ABC):
 class LocalCollectives(Collectives):
     """One process, nobody to talk to: sums and gathers return their input."""
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return tensor
+    def _sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor]
+    def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
+        return lambda: [tensor]
 
 
 class ProcessGroupCollectives(Collectives):
     """Collectives over a ``torch.distributed`` process group; gloo and NCCL alike.
+
+    Over gloo, ranks exchange messages of up to 4 MiB directly, all with all: its ``all_gather`` and ``all_reduce`` pass them
+    from rank to rank, which takes longer.
 
     Args:
         process_group: the ranks that re-cluster together; None is the default group.
@@ -128,18 +143,60 @@ class ProcessGroupCollectives(Collectives):
         self._group = process_group
         self.rank = dist.get_rank(process_group)
         self.world_size = dist.get_world_size(process_group)
+        nccl = "nccl" in dist.get_backend(process_group)
         if device is None:
-            nccl = "nccl" in dist.get_backend(process_group)
             device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
         self._device = torch.device(device)
+        self._exchanged_bytes = 0 if nccl else _EXCHANGED_BYTES
 
-    def _sum(self, tensor: Tensor) -> Tensor:
+    def _sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        if self._is_exchanged(tensor, copies=1):
+            return self._sum_by_exchanges(tensor)
         total = tensor.to(self._device, copy=True, memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self._group)
-        return total.to(tensor.device)
+        work = dist.all_reduce(total, group=self._group, async_op=True)
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        def wait() -> Tensor:
+            work.wait()
+            return total.to(tensor.device)
+
+        return wait
+
+    def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         mine = tensor.to(self._device).contiguous()
+        if self._is_exchanged(tensor, copies=self.world_size):
+            received = self._exchange(torch.stack([mine] * self.world_size))
+            return lambda: [share.to(tensor.device) for share in received()]
         shares = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(shares, mine, group=self._group)
-        return [share.to(tensor.device) for share in shares]
+        work = dist.all_gather(shares, mine, group=self._group, async_op=True)
+
+        def wait() -> list[Tensor]:
+            work.wait()
+            return [share.to(tensor.device) for share in shares]
+
+        return wait
+
+    def _is_exchanged(self, tensor: Tensor, copies: int) -> bool:
+        return copies * tensor.numel() * tensor.element_size() <= self._exchanged_bytes
+
+    def _sum_by_exchanges(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Each rank adds up a part, and gives the sum to all."""
+        ranks = self.world_size
+        size = -(-len(tensor) // ranks)
+        received = self._exchange(pad(tensor.to(self._device), (0, size * ranks - len(tensor))).view(ranks, size))
+
+        def wait() -> Tensor:
+            total_P = received().sum(dim=0)
+            return self._exchange(total_P.repeat(ranks, 1))().view(-1)[: len(tensor)].to(tensor.device)
+
+        return wait
+
+    def _exchange(self, for_ranks: Tensor) -> Callable[[], Tensor]:
+        """Begin to give every rank one of some rows; a function that waits for what they gave this one, by rank."""
+        received = torch.empty_like(for_ranks)
+        work = dist.all_to_all_single(received, for_ranks, group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return received
+
+        return wait

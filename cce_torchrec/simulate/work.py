@@ -190,10 +190,10 @@ def _messages(
             gathers.append((calls, -(-together // world_size) * wanted * 2))
         sums.append((calls * (fit.iterations + 1), together * (fit.num_centroids * (fit.dim + 1) + 1)))
     announced = 1 + sum(groups.values()) + sum(calls for calls, _ in gathers + sums)
-    messages = [Message("all_gather", calls, words * _WORD) for calls, words in [(announced, 1), *gathers]]
+    messages = [Message("all_gather", calls, words * _WORD) for calls, words in [(announced, 2), *gathers]]
     messages.append(Message("all_gather", 1, moved))
     messages += [Message("all_reduce", calls, words * _WORD) for calls, words in sums]
     if not is_sharded:
         size = share * row_map.assignments.shape[1] * row_map.assignments.element_size()
-        messages += [Message("all_gather", 1, _WORD), Message("all_gather", 1, size)]
+        messages += [Message("all_gather", 1, 2 * _WORD), Message("all_gather", 1, size)]
     return tuple(messages)

@@ -8,7 +8,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -77,8 +76,8 @@ class Instrument(ExitStack):
             return to_candidates(point_D, points_MD)
 
         self.enter_context(mock.patch.object(seeding, "_to_candidates", counted_candidates))
-        for name, given in (("all_reduce", 0), ("all_gather", 1)):
-            self._listen(name, given)
+        self._listen("_sum", "all_reduce")
+        self._listen("_gather", "all_gather")
         return self
 
     def _count(self, module: Any, name: str, kind: str) -> None:
@@ -90,14 +89,14 @@ class Instrument(ExitStack):
 
         self.enter_context(mock.patch.object(module, name, counted))
 
-    def _listen(self, name: str, given: int) -> None:
-        original = getattr(dist, name)
+    def _listen(self, name: str, collective: str) -> None:
+        original = getattr(ProcessGroupCollectives, name)
 
-        def heard(*args: Any, **kwargs: Any) -> Any:
-            self.messages[name, args[given].numel() * args[given].element_size()] += 1
-            return original(*args, **kwargs)
+        def heard(collectives: ProcessGroupCollectives, tensor: Tensor) -> Any:
+            self.messages[collective, tensor.numel() * tensor.element_size()] += 1
+            return original(collectives, tensor)
 
-        self.enter_context(mock.patch.object(dist, name, heard))
+        self.enter_context(mock.patch.object(ProcessGroupCollectives, name, heard))
 
 
 @contextmanager

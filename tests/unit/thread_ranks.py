@@ -17,15 +17,16 @@ class ThreadCollectives(Collectives):
         self.rank, self.world_size = rank, len(slots)
         self._barrier, self._slots = barrier, slots
 
-    def _gather(self, tensor: Tensor) -> list[Tensor]:
+    def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         self._slots[self.rank] = tensor
         self._barrier.wait(timeout=20)
         shares = list(self._slots)
         self._barrier.wait(timeout=20)
-        return shares
+        return lambda: shares
 
-    def _sum(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._gather(tensor)).sum(dim=0)
+    def _sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        total = torch.stack(self._gather(tensor)()).sum(dim=0)
+        return lambda: total
 
 
 def on_threads(world_size: int, work: Callable[[Collectives], Any]) -> list[Any]:
