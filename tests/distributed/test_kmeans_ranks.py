@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cce_torchrec.recluster import collectives as transports
 from cce_torchrec.recluster import kmeans as fitting
 from cce_torchrec.recluster import seeding
 from cce_torchrec.recluster.collectives import Collectives, LocalCollectives, ProcessGroupCollectives
@@ -58,19 +59,24 @@ def test_any_number_of_ranks_finds_what_one_finds(pool: RankPool, share: Any) ->
         assert (result.iterations, result.num_refilled) == (alone.iterations, alone.num_refilled)
 
 
-def fails_on_rank_1(rank: int, world_size: int, where: str) -> str:
+LARGEST = [0, 2**22]  # messages that are exchanged directly: none, as on NCCL, and small ones
+
+
+def fails_on_rank_1(rank: int, world_size: int, where: str, largest: int) -> str:
     module = seeding if hasattr(seeding, where) else fitting
     failure = mock.patch.object(module, where, side_effect=MemoryError("out of luck"))
-    with failure if rank == 1 else nullcontext(), pytest.raises(RuntimeError) as caught:
-        even_share(rank, world_size)
-    assert even_share(rank, world_size).objective > 0
+    with mock.patch.object(transports, "_EXCHANGED_BYTES", largest):
+        with failure if rank == 1 else nullcontext(), pytest.raises(RuntimeError) as caught:
+            even_share(rank, world_size)
+        assert even_share(rank, world_size).objective > 0
     return str(caught.value)
 
 
+@pytest.mark.parametrize("largest", LARGEST)
 @pytest.mark.parametrize("where", ["_check_arguments", "_local_candidates", "_local_statistics"])
-def test_a_rank_that_fails_stops_all_of_them_and_they_can_go_on(pool: RankPool, where: str) -> None:
+def test_a_rank_that_fails_stops_all_of_them_and_they_can_go_on(pool: RankPool, where: str, largest: int) -> None:
     expected = f"failed on 1 of {pool.world_size} ranks: rank 1: MemoryError: out of luck"
-    assert pool.run(fails_on_rank_1, where) == [expected] * pool.world_size
+    assert pool.run(fails_on_rank_1, where, largest) == [expected] * pool.world_size
 
 
 def bad_point_on_the_last_rank(rank: int, world_size: int) -> str:
@@ -87,8 +93,9 @@ def test_a_bad_point_is_a_value_error_on_all_ranks(pool: RankPool) -> None:
     assert messages[0].startswith(f"1 of {3 * pool.world_size} points")
 
 
-def gathers(rank: int, world_size: int) -> list[Tensor]:
-    ranks = ProcessGroupCollectives()
+def gathers(rank: int, world_size: int, largest: int) -> list[Tensor]:
+    with mock.patch.object(transports, "_EXCHANGED_BYTES", largest):
+        ranks = ProcessGroupCollectives()
     assert (ranks.rank, ranks.world_size) == (rank, world_size)
     uneven = torch.full((rank * 2, 3), rank, dtype=torch.int64)
     transposed = (torch.arange(6, dtype=torch.float64).reshape(2, 3) + 10 * rank).T
@@ -99,22 +106,28 @@ def gathers(rank: int, world_size: int) -> list[Tensor]:
         ranks.all_gather_rows(torch.empty(0, 4)),
         ranks.all_gather_rows(torch.tensor([rank % 2 == 0])),
         ranks.all_reduce_sum(summand),
+        ranks.all_reduce_sum(torch.arange(15.0, dtype=torch.float64).view(3, 5).T * (rank + 1)),
+        ranks.all_reduce_sum(torch.tensor(rank)),
     ]
     assert summand.tolist() == [rank, 1.5], "the input is not overwritten"
     return results
 
 
-def test_gathers_and_sums(pool: RankPool) -> None:
+@pytest.mark.parametrize("largest", [*LARGEST, 64])
+def test_gathers_and_sums(pool: RankPool, largest: int) -> None:
     size = pool.world_size
     transposed = torch.arange(6, dtype=torch.float64).reshape(2, 3).T
+    all_ranks = sum(range(size))
     expected = [
         torch.cat([torch.full((rank * 2, 3), rank) for rank in range(size)]),
         torch.cat([transposed + 10 * rank for rank in range(size)]),
         torch.empty(0, 4),
         torch.tensor([rank % 2 == 0 for rank in range(size)]),
-        torch.tensor([sum(range(size)), 1.5 * size]),
+        torch.tensor([all_ranks, 1.5 * size]),
+        torch.arange(15.0, dtype=torch.float64).view(3, 5).T * (all_ranks + size),
+        torch.tensor(all_ranks),
     ]
-    for results in pool.run(gathers):
+    for results in pool.run(gathers, largest):
         for result, target in zip(results, expected, strict=True):
             torch.testing.assert_close(result, target, rtol=0, atol=0)
 
