@@ -7,7 +7,6 @@ trained.
 """
 
 import csv
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +41,12 @@ def points(files: Sequence[str], method: str, size: str, folder: Path = RESULTS)
                 if row["method"] == method:
                     found.setdefault(float(row[size]), []).append(float(row[SCORE]))
     return [Measured(at, scores) for at, scores in sorted(found.items())]
+
+
+def full_tables(folder: Path = RESULTS) -> Measured:
+    """The scores of full tables, a seed each."""
+    (measured,) = points(["sweep_million"], FULL, "embedding_params", folder)
+    return measured
 
 
 def table(level: Measured) -> str:
@@ -85,7 +90,7 @@ Made by `python -m benchmarks.frontier` from the `.csv` files of those pages.
 
 def main() -> None:
     """Draw and write."""
-    level = Measured(1.0, [statistics.mean(each.scores) for each in points(["sweep_million"], FULL, "seed")])
+    level = full_tables()
     panels = [
         Panel(
             curves={name: points(files, method, size) for name, (files, method) in CURVES.items()},

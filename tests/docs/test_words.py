@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import frontier
 from cce_torchrec import METHODS
 from dlrm_example.cli import parse_config
 from dlrm_example.sweep.cli import parse_sweep
@@ -92,6 +93,14 @@ def test_flags_of_the_example_exist(page: Path) -> None:
 def test_every_page_is_in_the_index(page: Path) -> None:
     if page.parent.name == "docs" and page.name != "index.md":
         assert f"]({page.name})" in (ROOT / "docs" / "index.md").read_text()
+
+
+def test_the_frontier_is_what_the_sweeps_say() -> None:
+    level = frontier.full_tables()
+    assert frontier.page(level) == (frontier.RESULTS / "frontier.md").read_text(), "run: python -m benchmarks.frontier"
+    sweep = (frontier.RESULTS / "sweep_million.md").read_text()
+    assert f"test {frontier.LEAST}" in sweep
+    assert re.search(rf"`full` .* {level.mean:.4f} ± {level.spread:.4f} ", sweep)
 
 
 def test_methods_in_the_readme_are_the_registrys() -> None:
