@@ -200,7 +200,7 @@ it is over the same seeds, negative is better.
 * `ce` has eight columns and `robe` blocks of 4 dims, as `from_budget` takes; names with a number have that many columns, or
   blocks that wide. Signs are the default of `hashed_net`. See [siblings.md](siblings.md).
 * Levers that help on one data set only change no default: on Gowalla, whose re-clusterings are 317 steps apart, gradients of
-  all steps, stronger damping and fewer re-clusterings do; on MovieLens-100K, where they are 90 apart, the first is the same
+  all steps, stronger damping and fewer re-clusterings do; on MovieLens-100K, where they are 72 apart, the first is the same
   and the others are not better. Both have more to gain from columns, which cost bytes an id.
 * More levels and more columns store more for each id: see the column "bytes in all".
 * 16 columns of 32 dims are two numbers wide, which FBGEMM's fused kernels do not take; it runs in unsharded collections only.
