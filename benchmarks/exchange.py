@@ -27,7 +27,7 @@ from dlrm_example.report import markdown_table
 NAME = "exchange"
 CALLS = 50  # of a turn
 MOMENTS = 4 * 512 * 17
-WAYS = {"gloo's collectives": 0, "exchanged": 2**22}
+WAYS = {"gloo's collectives": 0, "exchanged": collectives._EXCHANGED_BYTES}
 MESSAGES = {
     "sum of 280 KB": lambda ranks: ranks.all_reduce_sum(torch.ones(MOMENTS, dtype=torch.float64)),
     "gather of 280 KB": lambda ranks: ranks.all_gather_rows(torch.ones(MOMENTS, dtype=torch.float64)),

@@ -8,16 +8,15 @@ trained.
 
 import csv
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks.harness import RESULTS
 from dlrm_example.curves import Measured
 from dlrm_example.plots import Panel, draw_panels, save
 from dlrm_example.report import markdown_table
+from dlrm_example.sweep.grid import FULL
 from dlrm_example.sweep.results import SIZES
 
 LEAST = 0.4694  # test BCE of the probabilities that the data were drawn with: sweep_million.md
-FULL = "full"
 # Where the points of each curve are: files, and the method there.
 CURVES: dict[str, tuple[tuple[str, ...], str]] = {
     "CCE": (("sweep_million",), "cce"),
@@ -32,20 +31,20 @@ CURVES: dict[str, tuple[tuple[str, ...], str]] = {
 SCORE = "test_bce"
 
 
-def points(files: Sequence[str], method: str, size: str, folder: Path = RESULTS) -> list[Measured]:
+def points(files: Sequence[str], method: str, size: str) -> list[Measured]:
     """The scores of all seeds at each size, the smallest size first."""
     found: dict[float, list[float]] = {}
     for file in files:
-        with (folder / f"{file}.csv").open(newline="") as lines:
+        with (RESULTS / f"{file}.csv").open(newline="") as lines:
             for row in csv.DictReader(lines):
                 if row["method"] == method:
                     found.setdefault(float(row[size]), []).append(float(row[SCORE]))
     return [Measured(at, scores) for at, scores in sorted(found.items())]
 
 
-def full_tables(folder: Path = RESULTS) -> Measured:
+def full_tables() -> Measured:
     """The scores of full tables, a seed each."""
-    (measured,) = points(["sweep_million"], FULL, "embedding_params", folder)
+    (measured,) = points(["sweep_million"], FULL, "embedding_params")
     return measured
 
 

@@ -104,8 +104,8 @@ class Collectives(ABC):
     def one_fails_all_fail(self) -> Iterator[None]:
         """Run work that calls collectives; where it raises on one rank, it raises on all, at their next collective.
 
-        The ranks that did not fail notice because every collective begins with :meth:`agree`; at the end of the block all
-        ranks agree once more, so what follows it happens on all or on none.
+        The ranks that did not fail notice because every collective begins with what each is about to do; at the end of the
+        block all ranks agree once more, so what follows it happens on all or on none.
         """
         error: Exception | None = None
         try:
@@ -164,7 +164,7 @@ class ProcessGroupCollectives(Collectives):
     def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         mine = tensor.to(self._device).contiguous()
         if self._is_exchanged(tensor, copies=self.world_size):
-            received = self._exchange(torch.stack([mine] * self.world_size))
+            received = self._tell_all(mine)
             return lambda: [share.to(tensor.device) for share in received()]
         shares = [torch.empty_like(mine) for _ in range(self.world_size)]
         work = dist.all_gather(shares, mine, group=self._group, async_op=True)
@@ -185,10 +185,13 @@ class ProcessGroupCollectives(Collectives):
         received = self._exchange(pad(tensor.to(self._device), (0, size * ranks - len(tensor))).view(ranks, size))
 
         def wait() -> Tensor:
-            total_P = received().sum(dim=0)
-            return self._exchange(total_P.repeat(ranks, 1))().view(-1)[: len(tensor)].to(tensor.device)
+            return self._tell_all(received().sum(dim=0))().view(-1)[: len(tensor)].to(tensor.device)
 
         return wait
+
+    def _tell_all(self, mine: Tensor) -> Callable[[], Tensor]:
+        """Begin to give every rank the same; a function that waits for what they gave this one, by rank."""
+        return self._exchange(torch.stack([mine] * self.world_size))
 
     def _exchange(self, for_ranks: Tensor) -> Callable[[], Tensor]:
         """Begin to give every rank one of some rows; a function that waits for what they gave this one, by rank."""

@@ -170,7 +170,7 @@ def _groups(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> Cou
 def _messages(
     row_map: CCERowMap, fit: Fit, groups: Counter[int], share: int, world_size: int, is_sharded: bool
 ) -> tuple[Message, ...]:
-    """Of all collectives; each is preceded by a number of every rank, which each group of fits also ends with."""
+    """Of all collectives; each is preceded by two numbers of every rank, which each group of fits also ends with."""
     rows = sum(column.num_rows for column in row_map.columns)
     summed_rows = row_map.num_helper_rows + row_map.storage.num_hot_ids
     helpers = len(row_map.columns) * summed_rows * fit.dim
