@@ -19,30 +19,23 @@ Shapes: V ids, N ids of a batch, H hot ids, C columns, A codebooks with assignme
 column (A * K main, then hot, then helper rows), D dims of a column, S optimizer-state values a row.
 """
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed
 from cce_torchrec.methods.assignments import find_sorted
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
+from cce_torchrec.recluster.fit import fit_centroids
 from cce_torchrec.recluster.gradients import gather_sums, most_sensitive_ids, targets_from
-from cce_torchrec.recluster.kmeans import kmeans_steps
-from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.table_state import NewTable, TableState, Vectors
 from cce_torchrec.recluster.table_sums import TableSums
-from cce_torchrec.recluster.together import run_together
 from cce_torchrec.recluster.vocabulary import (
     Block,
     check_finite,
     gather_assignments,
     moved_fraction,
     moved_sample,
-    sample,
 )
-from cce_torchrec.recluster.workspace import columns_together
 from cce_torchrec.sums_by_id import SumsById
 
 
@@ -59,7 +52,7 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     recorded = gather_sums(state.gradients, block.span(row_map.num_embeddings), collectives)
     hot_H = _choose_hot_ids(state, recorded, chosen, collectives)
     vectors = _vectors(state, recorded, config, collectives)
-    centroids = _fit_centroids(state, vectors, block, hot_H, derive_seed(seed, state.name), config, collectives)
+    centroids = fit_centroids(state, vectors, block, hot_H, derive_seed(seed, state.name), config, collectives)
     coefficients = None
     if row_map.num_helper_rows:
         coefficients = row_map.draw_helper_coefficients(int(row_map.version) + 1, seed).to(block.device)
@@ -123,74 +116,3 @@ def _add_hashed_ids(
     for ids_N in block.batches():
         hashed_N = ids_N[~find_sorted(chosen, ids_N)[1]]
         sums.add(hashed_N, vectors, row_map.hashed(hashed_N))
-
-
-def _fit_centroids(
-    state: TableState,
-    vectors: Vectors,
-    block: Block,
-    hot_H: Tensor,
-    seed: int,
-    config: ReclusterConfig,
-    collectives: Collectives,
-) -> list[Tensor]:
-    """K-means on a sample of the ids that are not hot: [A, K, D] of each column."""
-    num_rows = state.row_map.level_rows
-    size = config.points_per_centroid * num_rows
-    num_ids = state.row_map.num_embeddings if block.ids is None else len(block.ids)
-    ids_N, weights_N = sample(state.weights_V, num_ids, block, size, derive_seed(seed, "sample"), collectives)
-    if len(hot_H):
-        is_shared_N = ~find_sorted(hot_H, ids_N)[1]
-        ids_N, weights_N = ids_N[is_shared_N], weights_N[is_shared_N]
-        if float(collectives.all_reduce_sum(weights_N.sum()[None])) == 0:  # all that matter are hot
-            shape = state.row_map.num_assigned, num_rows
-            return [codebook.new_zeros(*shape, codebook.shape[1]) for codebook in state.codebooks]
-    together = columns_together(state.row_map, config, collectives.world_size)
-    centroids = []
-    for columns in torch.arange(len(state.codebooks)).split(together):
-        batches = ids_N.split(config.decode_batch_size)
-        centroids += _fit_levels(
-            state, _points(vectors, columns.tolist(), batches), ids_N, weights_N, seed, config, collectives
-        )
-    return centroids
-
-
-def _points(vectors: Vectors, columns: list[int], batches: Sequence[Tensor]) -> dict[int, Tensor]:
-    """The vectors of the sample by column, [N, D] of each."""
-    parts = {column: [vectors.state.codebooks[column][:0]] for column in columns}
-    for ids_N in batches:
-        rows_CNR = vectors.state.rows(ids_N)
-        for column, of_column in parts.items():
-            of_column.append(vectors(column, ids_N, rows_CNR[column]))
-    return {column: torch.cat(of_column) for column, of_column in parts.items()}
-
-
-def _fit_levels(
-    state: TableState,
-    points: dict[int, Tensor],
-    ids_N: Tensor,
-    weights_N: Tensor,
-    seed: int,
-    config: ReclusterConfig,
-    collectives: Collectives,
-) -> list[Tensor]:
-    """K-means of some columns together, level by level: [A, K, D] of each column."""
-    levels: list[list[Tensor]] = []
-    for level in range(state.row_map.num_assigned):
-        if level:
-            for (column, points_ND), centroids_KD in zip(points.items(), levels[-1], strict=True):
-                points[column] = points_ND - centroids_KD[assign_nearest(points_ND, centroids_KD)[0]]
-        fits = [
-            kmeans_steps(
-                points_ND,
-                state.row_map.level_rows,
-                seed=derive_seed(seed, column, *([level] if level else [])),
-                point_ids_N=ids_N,
-                weights_N=weights_N,
-                num_iterations=config.num_iterations,
-                tolerance=config.tolerance,
-            )
-            for column, points_ND in points.items()
-        ]
-        levels.append([result.centroids_KD for result in run_together(fits, collectives)])
-    return [torch.stack(of_column) for of_column in zip(*levels, strict=True)]

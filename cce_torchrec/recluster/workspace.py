@@ -16,7 +16,7 @@ from cce_torchrec.native.nearest import MAX_BOUND_BYTES, MAX_GROUPS
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.nearest import CPU_BLOCK_ELEMENTS, CUDA_BLOCK_ELEMENTS
 
-_TOGETHER_BYTES = 2**28  # of the samples of all columns that are fitted together, if more than one is
+_FITTED_BYTES = 2**28  # of the sample of all columns that are fitted together, or by one rank, if more than one is
 _SPREAD = 1.1  # the sample is a random one, of about its size
 _POINT_BYTES = 128  # of a sampled id, beside its vector: ids, weights, distances and draws, in 8 bytes each
 _ID_BYTES = 96  # of an id of a batch, beside its vector and rows
@@ -65,12 +65,15 @@ def recluster_workspace(
     chosen = 8 * (row_map.storage.num_hot_ids + (0 if row_map.warm_ids is None else len(row_map.warm_ids)))
     carried = optimizer_bytes if config.optimizer_state == "carry" else 0
     held = (own_assignments if is_sharded else assignments) + params + chosen + carried
-    sample = columns_together(row_map, config, world_size) * _sample_bytes(row_map, config, world_size)
+    if own := columns_of_a_rank(row_map, config, world_size):
+        points, sample = _sampled_ids(row_map, config, 1), _own_bytes(row_map, config, own)
+    else:
+        points = _sampled_ids(row_map, config, world_size)
+        sample = columns_together(row_map, config, world_size) * _sample_bytes(row_map, config, world_size)
     batch = min(config.decode_batch_size, share)
     lookups = columns * row_map.rows_per_id * 8
     batches = batch * (_ID_BYTES + 3 * lookups + _VECTOR_COPIES * 4 * dim)
     books = 2 * params + 2 * (2 * 8 * rows + 2 * params) + 3 * 8 * row_map.level_rows * (dim + 1)
-    points = _sampled_ids(row_map, config, world_size)
     books += carried + 4 * 2 * carried  # as it was; float64 sums, of all ranks, and their means
     at_once = CUDA_BLOCK_ELEMENTS if device_type == "cuda" else CPU_BLOCK_ELEMENTS
     padded_rows = row_map.level_rows + 64
@@ -79,13 +82,27 @@ def recluster_workspace(
     return Workspace(held=held, transient=books + max(max(sample, batches) + scores, gathered))
 
 
+def columns_of_a_rank(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> int:
+    """Columns that each of several ranks fits whole; 0 where they cannot be shared out evenly, or not in 256 MiB."""
+    own, left = divmod(len(row_map.columns), world_size)
+    if world_size == 1 or left or _own_bytes(row_map, config, own) > _FITTED_BYTES:
+        return 0
+    return own
+
+
 def columns_together(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> int:
-    """Columns whose centroids are fitted at the same time: one where nothing travels, else what 256 MiB hold, evenly."""
+    """Columns that ranks fit in step, where they share fits: one where nothing travels, else what 256 MiB hold, evenly."""
     columns = len(row_map.columns)
     if world_size == 1:
         return 1
-    at_most = max(1, _TOGETHER_BYTES // _sample_bytes(row_map, config, world_size))
+    at_most = max(1, _FITTED_BYTES // _sample_bytes(row_map, config, world_size))
     return -(-columns // -(-columns // at_most))
+
+
+def _own_bytes(row_map: CCERowMap, config: ReclusterConfig, own: int) -> int:
+    """Of the whole sample of a rank's own columns, one of which is being fitted."""
+    vectors = 4 * row_map.columns[0].dim * _sampled_ids(row_map, config, 1)
+    return own * vectors + _sample_bytes(row_map, config, 1)
 
 
 def _sample_bytes(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> int:

@@ -81,7 +81,7 @@ class Machine:
         of_a_fit += _dot(self.seeding, _seeding(fit, table.num_races / table.num_fits))
         points = table.assign_distances // fit.num_centroids
         assign = _dot(self.nearest, _search(points, fit.num_centroids, fit.dim))
-        walk = _dot(self.walk, _walk(table.ids, table.num_fits, fit.dim))
+        walk = _dot(self.walk, _walk(table.ids, table.num_columns * table.num_levels, fit.dim))
         talk = 0.0 if self.network is None else communication(self.network, table.messages, table.world_size)
         return {"fit": work.num_fits * of_a_fit, "assign": assign + walk, "communication": talk}
 

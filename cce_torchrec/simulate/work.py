@@ -2,8 +2,9 @@
 
     fits         c * A times K-means with K centroids on N points of d dims: seeding, then n + 1 searches for the nearest
     walk         V / W ids are decoded, assigned and added up, column by column
-    collectives  one sum an iteration, candidates and picks of each round of seeding, for all columns that are fitted
-                 together; all sums at the end, assignments if replicated
+    collectives  the sample and the centroids, where each rank fits columns of its own; else one sum an iteration, candidates
+                 and picks of each round of seeding, for all columns that are fitted together; then all sums, and
+                 assignments if replicated
 
 What depends on the data is taken at its usual value: a seeding that draws all it wants in every round, no centroid that
 loses its points, and all n iterations, where real fits may stop earlier.
@@ -18,9 +19,15 @@ from typing import Literal, NamedTuple
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster import ReclusterConfig
 from cce_torchrec.recluster.vocabulary import MOVED_SAMPLE, pair_dtype
-from cce_torchrec.recluster.workspace import Workspace, columns_together, recluster_workspace
+from cce_torchrec.recluster.workspace import (
+    Workspace,
+    columns_of_a_rank,
+    columns_together,
+    recluster_workspace,
+)
 
 _WORD = 8  # bytes of a float64 or int64
+_FLOAT = 4
 
 
 class Message(NamedTuple):
@@ -90,10 +97,11 @@ class ReclusterWork:
 
     Attributes:
         fit: of one column and level.
-        num_fits: c * A.
-        num_races: of the fits, those whose races this rank runs, for all ranks.
+        num_fits: that this rank has a part in: c * A, or those of its own columns.
+        num_races: of these, those whose races this rank runs.
         ids: of this rank.
         num_columns: c.
+        num_levels: A.
         world_size: W.
         messages: of all collectives.
         workspace: bytes, as an upper bound.
@@ -104,6 +112,7 @@ class ReclusterWork:
     num_races: int
     ids: int
     num_columns: int
+    num_levels: int
     world_size: int
     messages: tuple[Message, ...]
     workspace: Workspace
@@ -111,8 +120,8 @@ class ReclusterWork:
     @property
     def assign_distances(self) -> int:
         """From every column of every id to every centroid, and from every point that a next level starts from."""
-        between_levels = self.fit.points * (self.num_fits - self.num_columns)
-        return (self.ids * self.num_fits + between_levels) * self.fit.num_centroids
+        between_levels = self.fit.points * (self.num_fits - self.num_fits // self.num_levels)
+        return (self.ids * self.num_columns * self.num_levels + between_levels) * self.fit.num_centroids
 
 
 def recluster_work(
@@ -135,23 +144,27 @@ def recluster_work(
         78125000
     """
     share = -(-row_map.num_embeddings // world_size)
+    own = columns_of_a_rank(row_map, config, world_size)
+    sharing = 1 if own else world_size  # ranks that share a fit
     sampled = config.points_per_centroid * row_map.level_rows
     fit = Fit.of(
-        points=min(share, -(-sampled // world_size)),
+        points=min(-(-row_map.num_embeddings // sharing), -(-sampled // sharing)),
         num_centroids=row_map.level_rows,
         dim=row_map.columns[0].dim,
         iterations=config.num_iterations,
     )
-    groups = _groups(row_map, config, world_size)
+    groups = Counter({1: own * row_map.num_assigned}) if own else _groups(row_map, config, world_size)
     messages: tuple[Message, ...] = ()
     if world_size > 1:
-        messages = _messages(row_map, fit, groups, share, world_size, is_sharded)
+        fitting = _messages_of_own(row_map, fit, own, world_size) if own else _messages_in_step(fit, groups, world_size)
+        messages = _with_headers(fitting + _messages_of_walk(row_map, fit.dim, share, is_sharded))
     return ReclusterWork(
         fit=fit,
-        num_fits=len(row_map.columns) * row_map.num_assigned,
-        num_races=sum(calls * -(-together // world_size) for together, calls in groups.items()),
+        num_fits=sum(together * calls for together, calls in groups.items()),
+        num_races=sum(calls * -(-together // sharing) for together, calls in groups.items()),
         ids=share,
         num_columns=len(row_map.columns),
+        num_levels=row_map.num_assigned,
         world_size=world_size,
         messages=messages,
         workspace=recluster_workspace(row_map, config, world_size, device_type, is_sharded),
@@ -167,33 +180,50 @@ def _groups(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> Cou
     return groups
 
 
-def _messages(
-    row_map: CCERowMap, fit: Fit, groups: Counter[int], share: int, world_size: int, is_sharded: bool
-) -> tuple[Message, ...]:
-    """Of all collectives; each is preceded by two numbers of every rank, which each group of fits also ends with."""
+def _messages_of_own(row_map: CCERowMap, fit: Fit, own: int, world_size: int) -> list[Message]:
+    """The sample of all columns to all ranks, which keep that of their own; and their centroids."""
+    points = -(-fit.points // world_size)
+    return [
+        Message("all_gather", 2, points * _WORD),  # ids, weights
+        Message("all_gather", len(row_map.columns), points * fit.dim * _FLOAT),
+        Message("all_gather", 1, own * row_map.num_assigned * fit.num_centroids * fit.dim * _FLOAT),
+    ]
+
+
+def _messages_in_step(fit: Fit, groups: Counter[int], world_size: int) -> list[Message]:
+    """Of fits that all ranks share; each group also ends with two numbers of every rank."""
+    messages = []
+    for together, calls in groups.items():
+        words = [together * 9]  # arguments
+        for wanted in fit.rounds:
+            words.append(together * min(fit.points, 2 * wanted + 16) * (4 + fit.dim))
+            words.append(-(-together // world_size) * wanted * 2)
+        messages += [Message("all_gather", calls, each * _WORD) for each in words]
+        summed = together * (fit.num_centroids * (fit.dim + 1) + 1)
+        messages.append(Message("all_reduce", calls * (fit.iterations + 1), summed * _WORD))
+        messages.append(Message("all_gather", calls, 0))
+    return messages
+
+
+def _messages_of_walk(row_map: CCERowMap, dim: int, share: int, is_sharded: bool) -> list[Message]:
+    """All that is not of fits."""
     rows = sum(column.num_rows for column in row_map.columns)
-    summed_rows = row_map.num_helper_rows + row_map.storage.num_hot_ids
-    helpers = len(row_map.columns) * summed_rows * fit.dim
+    helpers = len(row_map.columns) * (row_map.num_helper_rows + row_map.storage.num_hot_ids) * dim
     step = max(1, row_map.num_embeddings // MOVED_SAMPLE)
     moved = -(-share // step) * row_map.assignments_per_id * pair_dtype(row_map.num_codes).itemsize
-    gathers: list[tuple[int, int]] = []
-    sums = [
-        (1, 1),  # the weight of all ids, for the sample
-        (1, 2 + 2 * rows + helpers),
-        (1, 1),  # of those, the ones that stayed
+    messages = [
+        Message("all_reduce", 1, _WORD),  # the weight of all ids, for the sample
+        Message("all_reduce", 1, (2 + 2 * rows + helpers) * _WORD),
+        Message("all_gather", 1, moved),
+        Message("all_reduce", 1, _WORD),  # of those, the ones that stayed
     ]
-    for together, calls in groups.items():
-        gathers.append((calls, together * 9))  # arguments
-        for wanted in fit.rounds:
-            candidates = min(fit.points, 2 * wanted + 16)
-            gathers.append((calls, together * candidates * (4 + fit.dim)))
-            gathers.append((calls, -(-together // world_size) * wanted * 2))
-        sums.append((calls * (fit.iterations + 1), together * (fit.num_centroids * (fit.dim + 1) + 1)))
-    announced = 1 + sum(groups.values()) + sum(calls for calls, _ in gathers + sums)
-    messages = [Message("all_gather", calls, words * _WORD) for calls, words in [(announced, 2), *gathers]]
-    messages.append(Message("all_gather", 1, moved))
-    messages += [Message("all_reduce", calls, words * _WORD) for calls, words in sums]
     if not is_sharded:
         size = share * row_map.assignments.shape[1] * row_map.assignments.element_size()
-        messages += [Message("all_gather", 1, 2 * _WORD), Message("all_gather", 1, size)]
-    return tuple(messages)
+        messages.append(Message("all_gather", 1, size))
+    return messages
+
+
+def _with_headers(messages: list[Message]) -> tuple[Message, ...]:
+    """Each is preceded by two numbers of every rank; those of no bytes are nothing else."""
+    announced = sum(message.calls for message in messages)
+    return Message("all_gather", announced, 2 * _WORD), *(message for message in messages if message.bytes)

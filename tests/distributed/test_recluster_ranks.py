@@ -334,8 +334,10 @@ def test_one_rank_fails_and_nothing_changes_whatever_the_sharding(ranks2: RankPo
     ranks2.run(check_failure, places, *FAILURES[0], 0)
 
 
-def test_one_of_4_ranks_fails_and_nothing_changes(two_hosts: RankPool) -> None:
-    two_hosts.run(check_failure, "row_wise", *FAILURES[0], 2)
+@pytest.mark.parametrize(("where", "number"), [FAILURES[0], FAILURES[4]])
+def test_one_of_4_ranks_fails_and_nothing_changes(two_hosts: RankPool, where: str, number: int) -> None:
+    """Fits are shared by 4 ranks, as there are 2 columns; of 2 ranks each fits a column."""
+    two_hosts.run(check_failure, "row_wise", where, number, 2)
 
 
 class TwoCollections(nn.Module):

@@ -1,4 +1,7 @@
-"""What the model says a re-clustering does, against what one did: every collective, every distance, the memory."""
+"""What the model says a re-clustering does, against what one did: every collective, every distance, the memory.
+
+And that ranks which fit columns of their own, or share all fits, find what one rank does.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,10 +26,10 @@ from tests.distributed.harness import RankPool
 
 CPU = torch.device("cpu")
 METHODS = {
-    "cce": CCE(num_rows=24, num_columns=4, num_helper_rows=40),
-    "wide": CCE(num_rows=300, num_columns=2),
+    "cce": CCE(num_rows=24, num_columns=4, num_helper_rows=40),  # 2 columns a rank, or one
+    "wide": CCE(num_rows=300, num_columns=2),  # one column a rank of 2, in step on 4
     "levels": ResidualCCE(num_rows=32, num_levels=3, num_columns=2),
-    "groups": CCE(num_rows=24, num_columns=8),  # 3, 3 and 2 columns are fitted together
+    "groups": CCE(num_rows=24, num_columns=8),  # in step, as it is not given the memory: 3, 3 and 2 columns together
 }
 CONFIG = ReclusterConfig(num_iterations=3, tolerance=0.0, decode_batch_size=2048)
 NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000, "groups": 4000}  # at most the size of the sample: all are in it
@@ -103,7 +106,7 @@ class Instrument(ExitStack):
 def memory_of_groups(name: str, world_size: int) -> Iterator[None]:
     """Lets "groups" have the memory for 3 of its 8 columns, and the others all that there is."""
     share = workspace._sample_bytes(row_map(name, CPU), CONFIG, world_size)
-    with mock.patch.object(workspace, "_TOGETHER_BYTES", 3 * share if name == "groups" else 2**28):
+    with mock.patch.object(workspace, "_FITTED_BYTES", 3 * share if name == "groups" else 2**28):
         yield
 
 
@@ -145,6 +148,24 @@ def test_on_several_ranks(request: pytest.FixtureRequest, ranks: int, name: str,
     """The model is of the first rank, whose share is the largest."""
     pool: RankPool = request.getfixturevalue(f"ranks{ranks}")
     check(expected(name, ranks, is_sharded), *pool.run(on_a_rank, name, is_sharded)[0])
+
+
+def new_table(rank: int, world_size: int, name: str) -> list[Tensor]:
+    state = table_state(name, rank, world_size, is_sharded=False)
+    collectives = LocalCollectives() if world_size == 1 else ProcessGroupCollectives()
+    with memory_of_groups(name, world_size):
+        new = recluster_table(state, seed=3, config=CONFIG, collectives=collectives)
+    return [new.assignments, *new.codebooks]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_same_table_on_several_ranks(request: pytest.FixtureRequest, ranks: int, name: str) -> None:
+    pool: RankPool = request.getfixturevalue(f"ranks{ranks}")
+    expected = new_table(0, 1, name)
+    for found in pool.run(new_table, name):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def peak_memory(rank: int, world_size: int, name: str, is_sharded: bool) -> int:

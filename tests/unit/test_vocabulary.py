@@ -9,7 +9,7 @@ from cce_torchrec import CCE, ReclusterConfig
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.recluster import workspace
 from cce_torchrec.recluster.vocabulary import moved_fraction
-from cce_torchrec.recluster.workspace import columns_together, recluster_workspace
+from cce_torchrec.recluster.workspace import columns_of_a_rank, columns_together, recluster_workspace
 from tests.unit.thread_ranks import on_threads
 
 
@@ -37,6 +37,13 @@ def some_table(num_rows: int) -> CCERowMap:
     return made
 
 
+def test_ranks_fit_columns_of_their_own_where_these_divide_evenly_and_memory_allows() -> None:
+    config = ReclusterConfig()
+    owned = {ranks: columns_of_a_rank(some_table(512), config, ranks) for ranks in (1, 2, 3, 4, 8, 16)}
+    assert owned == {1: 0, 2: 4, 3: 0, 4: 2, 8: 1, 16: 0}
+    assert columns_of_a_rank(some_table(65_536), config, 8) == 0
+
+
 def test_columns_are_fitted_together_where_that_saves_messages_and_memory_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -45,7 +52,7 @@ def test_columns_are_fitted_together_where_that_saves_messages_and_memory_allows
     assert columns_together(some_table(512), config, 8) == 8
     assert columns_together(some_table(65_536), config, 8) == 1
     assert columns_together(some_table(1024), config, 2) == 3  # 3 + 3 + 2, rather than 4 + 4 or 8
-    monkeypatch.setattr(workspace, "_TOGETHER_BYTES", 0)
+    monkeypatch.setattr(workspace, "_FITTED_BYTES", 0)
     alone = recluster_workspace(some_table(1024), config, 2, "cpu", is_sharded=True).transient
     monkeypatch.undo()
     assert alone < recluster_workspace(some_table(1024), config, 2, "cpu", is_sharded=True).transient < alone + 2**28
