@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -181,6 +181,12 @@ class _Interruptible(Collectives):
     def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         return self._collectives._gather(tensor)
 
+    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
+        return self._collectives._all_to_all(rows, lengths, counts)
+
+    def alone(self) -> Collectives:
+        return _Interruptible(self._collectives.alone(), self._stop)
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         self._check()
         return super().all_reduce_sum(tensor)
@@ -188,6 +194,10 @@ class _Interruptible(Collectives):
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
         self._check()
         return super().all_gather_rows(tensor)
+
+    def exchange_rows(self, for_ranks: Sequence[Tensor]) -> Tensor:
+        self._check()
+        return super().exchange_rows(for_ranks)
 
     def _check(self) -> None:  # not where ranks are told of a failure, of which this is one
         if self._stop.is_set() or not threading.main_thread().is_alive():

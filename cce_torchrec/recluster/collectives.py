@@ -8,7 +8,7 @@ beside these numbers, without waiting for them; a rank that has failed reads the
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,20 @@ class Collectives(ABC):
     def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         """Begin to gather every rank's ``tensor``, of the same shape and dtype; a function that waits for all, by rank."""
 
+    @abstractmethod
+    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
+        """Begin to give each rank the next of some rows; a function that waits for what all have given this one, by rank.
+
+        Args:
+            rows: on any device, [sum(lengths), ...].
+            lengths: how many each rank is given.
+            counts: how many each rank gives to this one.
+        """
+
+    def alone(self) -> "Collectives":
+        """For work of this rank that no other has a part in."""
+        return LocalCollectives()
+
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The sum of every rank's ``tensor`` (same shape on all ranks, float64, float32 or int64), new, on its device."""
         headers = self._gather(torch.tensor([tensor.numel(), _SUMMED.index(tensor.dtype)]))
@@ -54,6 +68,15 @@ class Collectives(ABC):
         """Every rank's ``tensor`` concatenated along dim 0 in rank order; dim 0 may differ and may be 0."""
         counts = self._counts(self._gather(torch.tensor([len(tensor), _NO_SUM]))())
         return self._gather_rows(tensor.detach(), counts)
+
+    def exchange_rows(self, for_ranks: Sequence[Tensor]) -> Tensor:
+        """What every rank has for this one, concatenated along dim 0 in rank order; each passes a tensor for every rank."""
+        lengths, rows = [len(rows) for rows in for_ranks], torch.cat([rows.detach() for rows in for_ranks])
+        if max(self._counts(self._gather(torch.tensor([len(rows), _NO_SUM]))())) == 0:
+            return rows
+        ones = [1] * self.world_size
+        counts = self._all_to_all(torch.tensor(lengths), ones, ones)().tolist()
+        return self._all_to_all(rows, lengths, counts)()
 
     def is_mine(self, number: int) -> bool:
         """Whether this rank is the one to do a piece of work for all ranks, of several that are numbered."""
@@ -126,6 +149,9 @@ class LocalCollectives(Collectives):
     def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         return lambda: [tensor]
 
+    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
+        return lambda: rows
+
 
 class ProcessGroupCollectives(Collectives):
     """Collectives over a ``torch.distributed`` process group; gloo and NCCL alike.
@@ -175,6 +201,17 @@ class ProcessGroupCollectives(Collectives):
 
         return wait
 
+    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
+        mine = rows.to(self._device).contiguous()
+        received = mine.new_empty(sum(counts), *mine.shape[1:])
+        work = dist.all_to_all_single(received, mine, counts, lengths, group=self._group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return received.to(rows.device)
+
+        return wait
+
     def _is_exchanged(self, tensor: Tensor, copies: int) -> bool:
         return copies * tensor.numel() * tensor.element_size() <= self._exchanged_bytes
 
@@ -182,24 +219,15 @@ class ProcessGroupCollectives(Collectives):
         """Each rank adds up a part, and gives the sum to all."""
         ranks = self.world_size
         size = -(-len(tensor) // ranks)
-        received = self._exchange(pad(tensor.to(self._device), (0, size * ranks - len(tensor))).view(ranks, size))
+        padded = pad(tensor.to(self._device), (0, size * ranks - len(tensor)))
+        received = self._all_to_all(padded, [size] * ranks, [size] * ranks)
 
         def wait() -> Tensor:
-            return self._tell_all(received().sum(dim=0))().view(-1)[: len(tensor)].to(tensor.device)
+            return self._tell_all(received().view(ranks, size).sum(dim=0))().view(-1)[: len(tensor)].to(tensor.device)
 
         return wait
 
     def _tell_all(self, mine: Tensor) -> Callable[[], Tensor]:
         """Begin to give every rank the same; a function that waits for what they gave this one, by rank."""
-        return self._exchange(torch.stack([mine] * self.world_size))
-
-    def _exchange(self, for_ranks: Tensor) -> Callable[[], Tensor]:
-        """Begin to give every rank one of some rows; a function that waits for what they gave this one, by rank."""
-        received = torch.empty_like(for_ranks)
-        work = dist.all_to_all_single(received, for_ranks, group=self._group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return received
-
-        return wait
+        ones = [1] * self.world_size
+        return self._all_to_all(torch.stack([mine] * self.world_size), ones, ones)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed
 from cce_torchrec.methods.assignments import find_sorted
-from cce_torchrec.recluster.collectives import Collectives, LocalCollectives
+from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.kmeans import kmeans_steps
 from cce_torchrec.recluster.nearest import assign_nearest
@@ -78,15 +78,14 @@ def _fit_own_columns(
 ) -> list[Tensor]:
     """K-means of ``own`` columns on every rank, each on the points of all ranks: [A, K, D] of each column of the table."""
     ids_N, weights_N = collectives.all_gather_rows(ids_N), collectives.all_gather_rows(weights_N)
-    mine: dict[int, Tensor] = {}
-    for column in list(points):
-        points_ND = collectives.all_gather_rows(points.pop(column))
-        if column // own == collectives.rank:
-            mine[column] = points_ND
+    mine = [  # a column of every rank at a time: those of rank r are r * own and the next
+        collectives.exchange_rows([points.pop(column) for column in range(turn, len(state.codebooks), own)])
+        for turn in range(own)
+    ]
     centroids = []
-    for column in list(mine):
-        of_column = {column: mine.pop(column)}
-        centroids += _fit_levels(state, of_column, ids_N, weights_N, seed, config, LocalCollectives())
+    for turn in range(own):
+        of_column = {collectives.rank * own + turn: mine.pop(0)}
+        centroids += _fit_levels(state, of_column, ids_N, weights_N, seed, config, collectives.alone())
     return list(collectives.all_gather_rows(torch.stack(centroids)))
 
 

@@ -114,15 +114,11 @@ def choose_among_ranks(
 
 def gather_block(recorded: SumsById, block: Block, collectives: Collectives) -> SumsById:
     """What all ranks have recorded of the ids of this rank's block; collective."""
-    mine = recorded.empty_copy()
-    starts = collectives.all_gather_rows(torch.tensor([[block.start, block.stop]]))
+    blocks = collectives.all_gather_rows(torch.tensor([[block.start, block.stop]])).tolist()
     ids_U, sums_UW = recorded.sums()
-    for rank, (start, stop) in enumerate(starts.tolist()):  # a block at a time, so that no rank holds those of all ids
-        inside_U = (ids_U >= start) & (ids_U < stop)
-        ids_N = collectives.all_gather_rows(ids_U[inside_U])
-        rows_NW = collectives.all_gather_rows(sums_UW[inside_U])
-        if rank == collectives.rank:
-            mine.add(ids_N, rows_NW)
+    in_blocks = [(ids_U >= start) & (ids_U < stop) for start, stop in blocks]
+    mine = recorded.empty_copy()
+    mine.add(*(collectives.exchange_rows([rows[inside_U] for inside_U in in_blocks]) for rows in (ids_U, sums_UW)))
     return mine
 
 

@@ -39,14 +39,15 @@ class Message(NamedTuple):
         bytes: what one call is given by each rank.
     """
 
-    collective: Literal["all_reduce", "all_gather"]
+    collective: Literal["all_reduce", "all_gather", "all_to_all"]
     calls: int
     bytes: int
 
     def sent(self, world_size: int) -> float:
-        """Bytes that a rank sends in all calls, by a ring."""
-        each = 2 * (world_size - 1) / world_size if self.collective == "all_reduce" else world_size - 1
-        return self.calls * self.bytes * each
+        """Bytes that a rank sends in all calls; sums and gathers go by a ring."""
+        others = world_size - 1
+        shares = {"all_reduce": 2 * others / world_size, "all_gather": others, "all_to_all": others / world_size}
+        return self.calls * self.bytes * shares[self.collective]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +158,7 @@ def recluster_work(
     messages: tuple[Message, ...] = ()
     if world_size > 1:
         fitting = _messages_of_own(row_map, fit, own, world_size) if own else _messages_in_step(fit, groups, world_size)
-        messages = _with_headers(fitting + _messages_of_walk(row_map, fit.dim, share, is_sharded))
+        messages = _with_headers(fitting + _messages_of_walk(row_map, fit.dim, share, is_sharded), world_size)
     return ReclusterWork(
         fit=fit,
         num_fits=sum(together * calls for together, calls in groups.items()),
@@ -181,11 +182,11 @@ def _groups(row_map: CCERowMap, config: ReclusterConfig, world_size: int) -> Cou
 
 
 def _messages_of_own(row_map: CCERowMap, fit: Fit, own: int, world_size: int) -> list[Message]:
-    """The sample of all columns to all ranks, which keep that of their own; and their centroids."""
+    """The sample to all ranks, of each column to the rank that fits it; and the centroids."""
     points = -(-fit.points // world_size)
     return [
         Message("all_gather", 2, points * _WORD),  # ids, weights
-        Message("all_gather", len(row_map.columns), points * fit.dim * _FLOAT),
+        Message("all_to_all", own, world_size * points * fit.dim * _FLOAT),
         Message("all_gather", 1, own * row_map.num_assigned * fit.num_centroids * fit.dim * _FLOAT),
     ]
 
@@ -223,7 +224,9 @@ def _messages_of_walk(row_map: CCERowMap, dim: int, share: int, is_sharded: bool
     return messages
 
 
-def _with_headers(messages: list[Message]) -> tuple[Message, ...]:
-    """Each is preceded by two numbers of every rank; those of no bytes are nothing else."""
-    announced = sum(message.calls for message in messages)
-    return Message("all_gather", announced, 2 * _WORD), *(message for message in messages if message.bytes)
+def _with_headers(messages: list[Message], world_size: int) -> tuple[Message, ...]:
+    """Each is preceded by two numbers of every rank, an exchange also by one for each; those of no bytes are nothing else."""
+    headers = [Message("all_gather", sum(message.calls for message in messages), 2 * _WORD)]
+    if exchanges := sum(message.calls for message in messages if message.collective == "all_to_all"):
+        headers.append(Message("all_to_all", exchanges, world_size * _WORD))
+    return *headers, *(message for message in messages if message.bytes)

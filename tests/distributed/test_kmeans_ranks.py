@@ -108,6 +108,8 @@ def gathers(rank: int, world_size: int, largest: int) -> list[Tensor]:
         ranks.all_reduce_sum(summand),
         ranks.all_reduce_sum(torch.arange(15.0, dtype=torch.float64).view(3, 5).T * (rank + 1)),
         ranks.all_reduce_sum(torch.tensor(rank)),
+        ranks.exchange_rows([torch.full((rank * to, 2), 10 * rank + to) for to in range(world_size)]),
+        ranks.exchange_rows([torch.empty(0, 3)] * world_size),
     ]
     assert summand.tolist() == [rank, 1.5], "the input is not overwritten"
     return results
@@ -127,8 +129,9 @@ def test_gathers_and_sums(pool: RankPool, largest: int) -> None:
         torch.arange(15.0, dtype=torch.float64).view(3, 5).T * (all_ranks + size),
         torch.tensor(all_ranks),
     ]
-    for results in pool.run(gathers, largest):
-        for result, target in zip(results, expected, strict=True):
+    for rank, results in enumerate(pool.run(gathers, largest)):
+        given = torch.cat([torch.full((source * rank, 2), 10 * source + rank) for source in range(size)])
+        for result, target in zip(results, [*expected, given, torch.empty(0, 3)], strict=True):
             torch.testing.assert_close(result, target, rtol=0, atol=0)
 
 

@@ -61,6 +61,7 @@ class Instrument(ExitStack):
         super().__init__()
         self.messages: Counter[tuple[str, int]] = Counter()
         self.distances: Counter[str] = Counter()
+        self._inside = False
 
     def __enter__(self) -> "Instrument":
         nearest = Tracker.nearest
@@ -81,6 +82,7 @@ class Instrument(ExitStack):
         self.enter_context(mock.patch.object(seeding, "_to_candidates", counted_candidates))
         self._listen("_sum", "all_reduce")
         self._listen("_gather", "all_gather")
+        self._listen("_all_to_all", "all_to_all")
         return self
 
     def _count(self, module: Any, name: str, kind: str) -> None:
@@ -95,9 +97,21 @@ class Instrument(ExitStack):
     def _listen(self, name: str, collective: str) -> None:
         original = getattr(ProcessGroupCollectives, name)
 
-        def heard(collectives: ProcessGroupCollectives, tensor: Tensor) -> Any:
+        def heard(collectives: ProcessGroupCollectives, tensor: Tensor, *splits: Any) -> Any:
+            if self._inside:  # one message that is made of others
+                return original(collectives, tensor, *splits)
             self.messages[collective, tensor.numel() * tensor.element_size()] += 1
-            return original(collectives, tensor)
+            self._inside = True
+            begun = original(collectives, tensor, *splits)
+            self._inside = False
+
+            def wait() -> Any:
+                self._inside = True
+                result = begun()
+                self._inside = False
+                return result
+
+            return wait
 
         self.enter_context(mock.patch.object(ProcessGroupCollectives, name, heard))
 

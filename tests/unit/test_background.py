@@ -260,8 +260,9 @@ def test_optimizer_state_is_reset_by_the_commit() -> None:
     assert not optimizer.state[collection.codebook("t:0")]["exp_avg"].any()
 
 
-def test_a_program_that_fails_meanwhile_ends() -> None:
-    script = """
+@pytest.mark.parametrize("ranks", ["collectives", "collectives.alone()"])
+def test_a_program_that_fails_meanwhile_ends(ranks: str) -> None:
+    script = f"""
 import torch
 from cce_torchrec import recluster_in_background
 from cce_torchrec.recluster import table_work
@@ -269,7 +270,7 @@ from tests.unit.cce_tables import build
 
 def forever(state, *, seed, config, collectives):
     while True:
-        collectives.all_reduce_sum(torch.zeros(1))
+        {ranks}.all_reduce_sum(torch.zeros(1))
 
 table_work.recluster_table = forever
 recluster_in_background(build(), seed=0)
