@@ -41,7 +41,7 @@ def main() -> None:
     if args.what == "run":
         plan = plans.reported(args.dataset, args.methods, args.params or plans.BUDGETS[args.dataset], seeds)
     elif args.what == "siblings":
-        plan = siblings.tried(args.dataset, args.params or siblings.PARAMS[args.dataset], seeds)
+        plan = siblings.tried(args.dataset, args.methods, args.params or siblings.PARAMS[args.dataset], seeds)
     elif args.what == "spread":
         plan = siblings.spread(args.dataset, args.params or siblings.PARAMS[args.dataset], seeds)
     elif args.what == "pointers":

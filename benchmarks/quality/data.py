@@ -21,6 +21,7 @@ Split = Literal["report", "tune"]
 DATASETS = ("ml-100k", "gowalla")
 NEGATIVES_SEED = 0
 TUNE_SEED = 1
+NUMBERS_SEED = 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ def load(dataset: str, split: Split, path: str | None) -> Clicks:
             raise ValueError("gowalla is not fetched: say with --gowalla where its zip is.")
         return _gowalla(split, Path(path))
     raise ValueError(f"dataset={dataset!r} is not one of {DATASETS}.")
+
+
+def renumbered(clicks: Clicks) -> Clicks:
+    """The same clicks, users and items numbered at random."""
+    generator = torch.Generator().manual_seed(NUMBERS_SEED)
+    user_V, item_V = (torch.randperm(size, generator=generator) for size in (clicks.num_users, clicks.num_items))
+    train, held_out = (
+        Rows(user_V[rows.users_N], item_V[rows.items_N], rows.labels_N) for rows in (clicks.train, clicks.held_out)
+    )
+    return Clicks(clicks.num_users, clicks.num_items, train, held_out)
 
 
 def _movielens(split: Split, folder: Path) -> Clicks:

@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torchmetrics.functional.classification import binary_auroc
 from torchrec import KeyedJaggedTensor
 
-from benchmarks.quality.data import Clicks, Rows, Split
+from benchmarks.quality.data import Clicks, Rows, Split, renumbered
 from benchmarks.quality.lookups import use_cheap_gradients
 from cce_torchrec import (
     METHODS,
@@ -56,6 +56,7 @@ class Settings:
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
         hot_part: which part of a table's rows are hot ids' own, where the method has such.
         warm_part: which part of a table's ids have stored assignments, those of the largest weights; ``None`` for all.
+        renumbered: whether ids are numbered at random, not as they come.
     """
 
     dataset: str
@@ -78,6 +79,7 @@ class Settings:
     id_weights: Literal["ones", "counts", "roots"] = "ones"
     hot_part: float = 0.0
     warm_part: float | None = None
+    renumbered: bool = False
     dim: int = 32
     batch_size: int = 4096
     learning_rate: float = 1e-3
@@ -185,6 +187,8 @@ def run(settings: Settings, clicks: Clicks) -> dict[str, Any]:
         methods = methods_of(settings, sizes)
     except ValueError as error:
         return {"settings": asdict(settings), "does_not_fit": str(error)}
+    if settings.renumbered:
+        clicks = renumbered(clicks)
     torch.manual_seed(settings.seed)
     is_fitted = settings.method in FROM_TRAINED and settings.params is not None
     first = [FullTable(), FullTable()] if is_fitted else methods

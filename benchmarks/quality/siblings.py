@@ -58,6 +58,7 @@ TRIED: dict[str, dict[str, dict[str, Any]]] = {
         "blocks of 8, signed": {"options": {"block_size": 8, "signed": True}},
     },
     "hashed_net": {"as it is": {}, "unsigned": {"options": {"signed": False}}},
+    **{name: {"as it is": {}, "ids renumbered at random": {"renumbered": True}} for name in ("qr", "tt_rec", "cce")},
 }
 
 
@@ -78,13 +79,13 @@ def tried_settings(dataset: str, method: str, name: str, params: int, seed: int)
     return Settings(dataset=dataset, split="tune", method=method, params=params, seed=seed, epochs=epochs, **changes)
 
 
-def tried(dataset: str, params: Iterable[int], seeds: Iterable[int]) -> list[Settings]:
-    """The settings of each method, seed by seed."""
+def tried(dataset: str, methods: Iterable[str], params: Iterable[int], seeds: Iterable[int]) -> list[Settings]:
+    """The settings of those of the methods that have some, seed by seed."""
     return [
         tried_settings(dataset, method, name, budget, seed)
         for seed in seeds
-        for method, names in TRIED.items()
-        for name in names
+        for method in methods
+        for name in TRIED.get(method, ())
         for budget in params
     ]
 

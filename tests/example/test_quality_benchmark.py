@@ -68,6 +68,19 @@ def test_gowallas_negatives_are_no_check_ins(tmp_path: Path) -> None:
     assert not clicks[0] & clicks[1]
 
 
+def test_renumbered_ids_are_the_same_clicks_under_other_numbers() -> None:
+    given, other = toy_clicks(), data.renumbered(toy_clicks())
+    for before, after in ((given.train, other.train), (given.held_out, other.held_out)):
+        assert torch.equal(before.labels_N, after.labels_N)
+        for old_N, new_N, size in ((before.users_N, after.users_N, 40), (before.items_N, after.items_N, 60)):
+            numbers = dict(zip(old_N.tolist(), new_N.tolist(), strict=True))
+            assert [numbers[old] for old in old_N.tolist()] == new_N.tolist()  # one number an id
+            assert len(set(numbers.values())) == len(numbers)
+            assert max(numbers.values()) < size
+            assert not torch.equal(old_N, new_N)
+    assert gmf.run(replace(SMALL, renumbered=True), given)["best_bce"] == gmf.run(SMALL, other)["best_bce"]
+
+
 def test_early_stop_needs_both_to_be_worse() -> None:
     history = gmf.History()
     assert not history.add(0.5, 0.8)
