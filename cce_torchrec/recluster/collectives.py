@@ -10,13 +10,14 @@ beside these numbers, without waiting for them; a rank that has failed reads the
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+Result = TypeVar("Result")
 _LONGEST_MESSAGE = 2000
 _FAILED = -1
 _EXCHANGED_BYTES = 2**22  # of what is exchanged, a copy for every rank
@@ -180,12 +181,7 @@ class ProcessGroupCollectives(Collectives):
             return self._sum_by_exchanges(tensor)
         total = tensor.to(self._device, copy=True, memory_format=torch.contiguous_format)
         work = dist.all_reduce(total, group=self._group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return total.to(tensor.device)
-
-        return wait
+        return _when_done(work, lambda: total.to(tensor.device))
 
     def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         mine = tensor.to(self._device).contiguous()
@@ -194,23 +190,13 @@ class ProcessGroupCollectives(Collectives):
             return lambda: [share.to(tensor.device) for share in received()]
         shares = [torch.empty_like(mine) for _ in range(self.world_size)]
         work = dist.all_gather(shares, mine, group=self._group, async_op=True)
-
-        def wait() -> list[Tensor]:
-            work.wait()
-            return [share.to(tensor.device) for share in shares]
-
-        return wait
+        return _when_done(work, lambda: [share.to(tensor.device) for share in shares])
 
     def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
         mine = rows.to(self._device).contiguous()
         received = mine.new_empty(sum(counts), *mine.shape[1:])
         work = dist.all_to_all_single(received, mine, counts, lengths, group=self._group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return received.to(rows.device)
-
-        return wait
+        return _when_done(work, lambda: received.to(rows.device))
 
     def _is_exchanged(self, tensor: Tensor, copies: int) -> bool:
         return copies * tensor.numel() * tensor.element_size() <= self._exchanged_bytes
@@ -221,13 +207,21 @@ class ProcessGroupCollectives(Collectives):
         size = -(-len(tensor) // ranks)
         padded = pad(tensor.to(self._device), (0, size * ranks - len(tensor)))
         received = self._all_to_all(padded, [size] * ranks, [size] * ranks)
-
-        def wait() -> Tensor:
-            return self._tell_all(received().view(ranks, size).sum(dim=0))().view(-1)[: len(tensor)].to(tensor.device)
-
-        return wait
+        return lambda: (
+            self._tell_all(received().view(ranks, size).sum(dim=0))().view(-1)[: len(tensor)].to(tensor.device)
+        )
 
     def _tell_all(self, mine: Tensor) -> Callable[[], Tensor]:
         """Begin to give every rank the same; a function that waits for what they gave this one, by rank."""
         ones = [1] * self.world_size
         return self._all_to_all(torch.stack([mine] * self.world_size), ones, ones)
+
+
+def _when_done(work: Any, result: Callable[[], Result]) -> Callable[[], Result]:
+    """A function that waits for a collective and returns what came of it."""
+
+    def wait() -> Result:
+        work.wait()
+        return result()
+
+    return wait
