@@ -23,7 +23,8 @@ from cce_torchrec import (
     compress,
 )
 from cce_torchrec.memory import stored_bytes
-from cce_torchrec.methods import FullTable, MethodConfig
+from cce_torchrec.methods import CCE, FullTable, MethodConfig
+from cce_torchrec.methods.assignments import InitialAssignments
 
 FEATURES = ("user", "item")
 EVAL_BATCH = 65_536
@@ -56,6 +57,7 @@ class Settings:
         id_weights: of ids in a re-clustering: all 1, counts in the training part, or the roots of those.
         hot_part: which part of a table's rows are hot ids' own, where the method has such.
         warm_part: which part of a table's ids have stored assignments, those of the largest weights; ``None`` for all.
+        initial_assignments: of ids until the first re-clustering, where the method has a choice.
         renumbered: whether ids are numbered at random, not as they come.
     """
 
@@ -79,6 +81,7 @@ class Settings:
     id_weights: Literal["ones", "counts", "roots"] = "ones"
     hot_part: float = 0.0
     warm_part: float | None = None
+    initial_assignments: InitialAssignments = CCE.initial_assignments
     renumbered: bool = False
     dim: int = 32
     batch_size: int = 4096
@@ -117,6 +120,8 @@ def methods_of(settings: Settings, sizes: tuple[int, int]) -> list[MethodConfig]
             options["num_helper_rows"] = max(1, round(budget // settings.dim * settings.helper_part))
         if "num_hot_ids" in method.__dataclass_fields__:
             options["num_hot_ids"] = int(budget // settings.dim * settings.hot_part)
+        if "initial_assignments" in method.__dataclass_fields__:
+            options["initial_assignments"] = settings.initial_assignments
         if settings.warm_part is not None:
             options["num_assigned_ids"] = max(1, round(size * settings.warm_part))
         methods.append(method.from_budget(size, settings.dim, budget, **options))

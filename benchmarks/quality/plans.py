@@ -31,6 +31,7 @@ METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
 # CCE's defaults with one change each, and what many levels need to be understood.
 LEVERS: dict[str, dict[str, Any]] = {
     "as it is": {},
+    "hashes at the start": {"initial_assignments": "hash"},
     "hot ids: 1/8 of the rows": {"hot_part": 0.125},
     "hot ids: 1/4 of the rows": {"hot_part": 0.25},
     "hot ids: 1/2 of the rows": {"hot_part": 0.5},

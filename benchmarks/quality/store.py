@@ -23,7 +23,8 @@ NEW_RUNS = ROOT / "runs" / "quality.jsonl"
 PUBLISHED = RESULTS / "quality.json"
 POINTERS = RESULTS / "pointers.json"
 _OF_RECLUSTERINGS = ("optimizer_state", "start_from_mean")  # whose defaults have changed since runs were published
-_BEFORE = {"start_from_mean": False}
+_OF_THE_START = ("initial_assignments",)  # and that of some methods
+_BEFORE = {"start_from_mean": False, "initial_assignments": "hash"}
 
 
 def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:
@@ -63,6 +64,8 @@ def key_of_settings(settings: Settings) -> str:
     method = METHODS.get(settings.method)
     if method is None or not method.reclusterable:
         values = {name: value for name, value in values.items() if name not in _OF_RECLUSTERINGS}
+    if method is None or not set(_OF_THE_START) & method.__dataclass_fields__.keys():
+        values = {name: value for name, value in values.items() if name not in _OF_THE_START}
     return key_of(values)
 
 

@@ -2,7 +2,9 @@
 
     assigned(id) = decode(assignments[id])                                     every id has a slot
     assigned(id) = decode(assignments[slot]) if warm_ids[slot] = id            slots are the warm ids', in order
-                   else h(id)                                                  a hash, as all ids have at the start
+                   else h(id)                                                  a hash
+
+Before anything is learned, assignments are blocks of consecutive ids or hashes, where not all ids have slots always hashes.
 
 An assignment is one of k rows that ids share, or, from k on, a row of the id's own: k + j of the j-th hot id. Encodings are
 in encoding.py.
@@ -11,6 +13,7 @@ Shapes: V ids, N ids of a batch, A assignments an id, W numbers stored an id, S 
 """
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from cce_torchrec.methods.base import RowMap, check_bool, check_not_negative, ch
 from cce_torchrec.methods.encoding import Encoding, PackedEncoding, PlainEncoding
 from cce_torchrec.native.rows import Assigned
 
+InitialAssignments = Literal["blocks", "hash"]
 _NO_ID = -1  # in slots that no id has; below all ids, so that slots are sorted
 
 
@@ -40,23 +44,48 @@ def heaviest(weights_N: Tensor, number: int, above: int) -> Tensor:
     return torch.cat([larger, equal[: number - len(larger)]]).sort().values
 
 
+def blocks_of_ids(ids_N: Tensor, num_ids: int, num_blocks: int, count: int) -> Tensor:
+    """Blocks of consecutive ids, of each of ``count`` assignments another split, by a part of a block: int64 [A, N].
+
+        b_i(v) = floor((v + floor(i w / A)) / w) mod k,    w = ceil(V / k)
+
+    Args:
+        ids_N: v.
+        num_ids: V.
+        num_blocks: k.
+        count: A.
+
+    Example:
+        >>> blocks_of_ids(torch.arange(6), 6, 3, 2)
+        tensor([[0, 0, 1, 1, 2, 2],
+                [0, 1, 1, 2, 2, 0]])
+    """
+    width = -(-num_ids // num_blocks)
+    shift_A1 = torch.arange(count, device=ids_N.device)[:, None] * width // count
+    return (ids_N + shift_A1) // width % num_blocks
+
+
 @dataclass(frozen=True, kw_only=True)
 class AssignmentStorage:
     """What is stored for which ids.
 
     Attributes:
+        initial: what is stored before anything is learned.
         bit_packed: ceil(log2 k) bits an assignment instead of 1, 2 or 4 bytes.
         num_assigned_ids: how many ids have slots; ``None`` for all.
         min_id_count: how often an id must have been seen to get one of those.
         num_hot_ids: how many ids have rows of their own.
     """
 
+    initial: InitialAssignments = "hash"
     bit_packed: bool = False
     num_assigned_ids: int | None = None
     min_id_count: int = 1
     num_hot_ids: int = 0
 
     def __post_init__(self) -> None:
+        if self.initial not in get_args(InitialAssignments):
+            raise ValueError(f"initial_assignments={self.initial!r} is not one of {get_args(InitialAssignments)}.")
         check_bool(bit_packed=self.bit_packed)
         if self.num_assigned_ids is not None:
             check_positive(num_assigned_ids=self.num_assigned_ids)
@@ -76,7 +105,8 @@ class AssignmentStorage:
     def sizes(self) -> dict[str, object]:
         """What differs from an integer an assignment for all ids, for the name of a table's layout."""
         plain = vars(AssignmentStorage())
-        return {name: value for name, value in vars(self).items() if value != plain[name] and name != "min_id_count"}
+        is_layout = ("bit_packed", "num_assigned_ids", "num_hot_ids")
+        return {name: value for name, value in vars(self).items() if name in is_layout and value != plain[name]}
 
 
 class AssignedRowMap(RowMap):
@@ -138,7 +168,7 @@ class AssignedRowMap(RowMap):
         return torch.int32 if self.num_embeddings - 1 <= torch.iinfo(torch.int32).max else torch.int64
 
     def reset_assignments(self) -> None:
-        """Hash every id but the first, which are the hot ones: the start before anything is learned."""
+        """Give every id its block or hash, but the first, which are the hot ones: the start before anything is learned."""
         if self.warm_ids is not None:
             assert self.main_coefficients is not None
             self.main_coefficients.copy_(self._draw_coefficients(None))
@@ -146,19 +176,22 @@ class AssignedRowMap(RowMap):
             codes_HA = (self.num_values + hot_H)[:, None].expand(-1, self.assignments_per_id)
             self.put(self.encoding.encode(codes_HA), hot_H)
         elif self.assignments.device.type != "meta":
-            self._hash_from(self.first_id)
+            self._start_from(self.first_id)
 
     def _draw_coefficients(self, device: torch.device | None) -> Tensor:
         return hash_coefficients(self.assignments_per_id, *self._key, "main", device=device)
 
-    def _hash_from(self, first_id: int) -> None:
-        """Store the hashes of the ids from one on."""
+    def _start_from(self, first_id: int) -> None:
+        """Store what the ids from one on begin with."""
         coefficients = self._draw_coefficients(self.assignments.device)
         stored_NW = self.assignments[first_id - self.first_id :]
         for rows_N in id_chunks(len(stored_NW), stored_NW.device):
             ids_N = rows_N + first_id
-            hashed_AN = hash_rows(ids_N, coefficients, self.num_values)
-            codes_AN = torch.where(ids_N < self.storage.num_hot_ids, self.num_values + ids_N, hashed_AN)
+            if self.storage.initial == "hash":
+                shared_AN = hash_rows(ids_N, coefficients, self.num_values)
+            else:
+                shared_AN = blocks_of_ids(ids_N, self.num_embeddings, self.num_values, self.assignments_per_id)
+            codes_AN = torch.where(ids_N < self.storage.num_hot_ids, self.num_values + ids_N, shared_AN)
             stored_NW[rows_N[0] : rows_N[-1] + 1] = self.encoding.encode(codes_AN.T)
 
     def keep_block(self, first_id: int, end: int, device: torch.device) -> None:
@@ -246,10 +279,10 @@ class AssignedRowMap(RowMap):
         self.assignments = torch.cat([self.assignments.new_zeros(free, self.encoding.width), self.assignments])
 
     def hold(self, known_NW: Tensor, first_id: int, end: int, num_embeddings: int) -> None:
-        """Hold ids ``first_id .. end - 1`` of as many as there are now: what is known of the first of them, then hashes."""
+        """Hold ids ``first_id .. end - 1`` of as many as there are now: what is known of the first, then the start."""
         assert self.warm_ids is None
         self.num_embeddings, self.first_id = num_embeddings, first_id
         new_NW = known_NW.new_zeros(end - first_id - len(known_NW), self.encoding.width)
         self.assignments = torch.cat([known_NW, new_NW])
         if self.assignments.device.type != "meta":
-            self._hash_from(first_id + len(known_NW))
+            self._start_from(first_id + len(known_NW))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_coefficients, hash_rows
-from cce_torchrec.methods.assignments import AssignedRowMap, AssignmentStorage
+from cce_torchrec.methods.assignments import AssignedRowMap, AssignmentStorage, InitialAssignments
 from cce_torchrec.methods.base import (
     Column,
     RowMap,
@@ -167,7 +167,7 @@ class CCERowMap(AssignedRowMap):
 class CCE(RowMethod):
     """Clustered compositional embeddings: vector(id) = concat_i ( M_i[h_i(id)] + M'_i[h'_i(id)] ).
 
-    ``h_i`` is a stored assignment (a hash until the first re-clustering), ``h'_i`` a hash function. :func:`recluster`
+    ``h_i`` is a stored assignment (a block of ids until the first re-clustering), ``h'_i`` a hash function. :func:`recluster`
     replaces M_i by the K-means centroids of the ids' column vectors, h_i by the nearest centroid, h'_i by a fresh hash and
     M'_i by the mean residual of each of its rows, so that ids that behave alike come to share rows. Hot ids share none: their
     vector is 2 H[j], the j-th of H a row of their own.
@@ -184,12 +184,17 @@ class CCE(RowMethod):
         num_hot_ids: f, how many ids have a row of their own. Each re-clustering gives these to the ids on which the loss
             depends most, by the gradients that were recorded, or to those of the largest weights, where weights are given.
             Without either, and until the first re-clustering, the first ids have them.
+        initial_assignments: what ids are assigned until the first re-clustering. "blocks": about V / k consecutive ids share
+            a row, in each column others, so neighbours share most; that is as good as a hash where ids are numbered at
+            random, and much better where neighbours are alike. "hash": a hash, as in the paper. Where not all ids have
+            stored assignments, they begin with hashes.
 
     Stored beside the parameters: V x c assignments of 1, 2 or 4 bytes (the narrowest that holds k + f), or of the bits that
     k + f takes, filled up to a byte an id. With ``num_assigned_ids``: N instead of V, and 4 bytes for each of those ids.
 
     Paper: Tsang & Ahle, "Clustering the Sketch: Dynamic Compression for Embedding Tables", NeurIPS 2023, arXiv 2210.05974.
-    There the helper starts at zero after a clustering; here at the mean residual, which loses less of what was learned.
+    There ids begin with hashes, and the helper starts at zero after a clustering; here at the mean residual, which loses
+    less of what was learned.
     Rows of their own for frequent ids: Zhang et al., "CAFE: Towards Compact, Adaptive, and Fast Embedding for Large-scale
     Recommendation Models", SIGMOD 2024, arXiv 2312.03256.
 
@@ -210,6 +215,7 @@ class CCE(RowMethod):
     num_assigned_ids: int | None = None
     min_id_count: int = 1
     num_hot_ids: int = 0
+    initial_assignments: InitialAssignments = "blocks"
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows, num_helper_rows=self.helper_rows)
@@ -222,7 +228,7 @@ class CCE(RowMethod):
         return self.num_rows if self.num_helper_rows is None else self.num_helper_rows
 
     def sizes(self) -> dict[str, Any]:
-        stored = ("bit_packed", "num_assigned_ids", "min_id_count", "num_hot_ids")
+        stored = ("bit_packed", "num_assigned_ids", "min_id_count", "num_hot_ids", "initial_assignments")
         sizes = {name: value for name, value in super().sizes().items() if name not in stored}
         return {**sizes, "num_helper_rows": self.helper_rows, **self.storage.sizes()}
 
@@ -230,6 +236,7 @@ class CCE(RowMethod):
     def storage(self) -> AssignmentStorage:
         """Of the assignments."""
         return AssignmentStorage(
+            initial=self.initial_assignments,
             bit_packed=self.bit_packed,
             num_assigned_ids=self.num_assigned_ids,
             min_id_count=self.min_id_count,

@@ -21,7 +21,7 @@ def _check_levels(num_levels: int) -> None:
 class ResidualCCE(CCE):
     """Residual CCE: vector(id) = concat_i ( sum_{l < L - 1} M_il[h_il(id)] + M'_i[h'_i(id)] ); two levels are CCE.
 
-    ``h_il`` are stored assignments (hashes until the first re-clustering), ``h'_i`` is a hash function. :func:`recluster`
+    ``h_il`` are stored assignments (blocks of ids until the first re-clustering), ``h'_i`` a hash function. :func:`recluster`
     works level by level, as residual quantisation does: M_i1 becomes the K-means centroids of the ids' column vectors, M_i2
     those of what the nearest of these leaves, and so on; M'_i the mean of what is left in the end.
 
@@ -35,6 +35,7 @@ class ResidualCCE(CCE):
         num_assigned_ids: as for :class:`CCE`.
         min_id_count: as for :class:`CCE`.
         num_hot_ids: as for :class:`CCE`; the vector of a hot id is L times its row.
+        initial_assignments: as for :class:`CCE`.
 
     Stored beside the parameters: V x c x (L - 1) assignments of 1, 2 or 4 bytes (the narrowest that holds k), or less as for
     :class:`CCE`.
