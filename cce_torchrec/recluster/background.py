@@ -181,8 +181,10 @@ class _Interruptible(Collectives):
     def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         return self._collectives._gather(tensor)
 
-    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
-        return self._collectives._all_to_all(rows, lengths, counts)
+    def _all_to_all(
+        self, rows: Tensor, lengths: list[int], received: Tensor, counts: list[int]
+    ) -> Callable[[], Tensor]:
+        return self._collectives._all_to_all(rows, lengths, received, counts)
 
     def alone(self) -> Collectives:
         return _Interruptible(self._collectives.alone(), self._stop)

@@ -44,12 +44,15 @@ class Collectives(ABC):
         """Begin to gather every rank's ``tensor``, of the same shape and dtype; a function that waits for all, by rank."""
 
     @abstractmethod
-    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
+    def _all_to_all(
+        self, rows: Tensor, lengths: list[int], received: Tensor, counts: list[int]
+    ) -> Callable[[], Tensor]:
         """Begin to give each rank the next of some rows; a function that waits for what all have given this one, by rank.
 
         Args:
             rows: on any device, [sum(lengths), ...].
             lengths: how many each rank is given.
+            received: room for what this one is given, on that device, [sum(counts), ...].
             counts: how many each rank gives to this one.
         """
 
@@ -76,8 +79,14 @@ class Collectives(ABC):
         if max(self._counts(self._gather(torch.tensor([len(rows), _NO_SUM]))())) == 0:
             return rows
         ones = [1] * self.world_size
-        counts = self._all_to_all(torch.tensor(lengths), ones, ones)().tolist()
-        return self._all_to_all(rows, lengths, counts)()
+        counts = self._all_to_all(torch.tensor(lengths), ones, torch.tensor(lengths), ones)().tolist()
+        error: Exception | None = None
+        try:
+            received = _room_for(rows, sum(counts))
+        except Exception as raised:
+            error = raised
+        self.agree(error)  # it may be too much for a rank's memory
+        return self._all_to_all(rows, lengths, received, counts)()
 
     def is_mine(self, number: int) -> bool:
         """Whether this rank is the one to do a piece of work for all ranks, of several that are numbered."""
@@ -150,7 +159,9 @@ class LocalCollectives(Collectives):
     def _gather(self, tensor: Tensor) -> Callable[[], list[Tensor]]:
         return lambda: [tensor]
 
-    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
+    def _all_to_all(
+        self, rows: Tensor, lengths: list[int], received: Tensor, counts: list[int]
+    ) -> Callable[[], Tensor]:
         return lambda: rows
 
 
@@ -192,11 +203,12 @@ class ProcessGroupCollectives(Collectives):
         work = dist.all_gather(shares, mine, group=self._group, async_op=True)
         return _when_done(work, lambda: [share.to(tensor.device) for share in shares])
 
-    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
-        mine = rows.to(self._device).contiguous()
-        received = mine.new_empty(sum(counts), *mine.shape[1:])
-        work = dist.all_to_all_single(received, mine, counts, lengths, group=self._group, async_op=True)
-        return _when_done(work, lambda: received.to(rows.device))
+    def _all_to_all(
+        self, rows: Tensor, lengths: list[int], received: Tensor, counts: list[int]
+    ) -> Callable[[], Tensor]:
+        mine, theirs = rows.to(self._device).contiguous(), received.to(self._device)
+        work = dist.all_to_all_single(theirs, mine, counts, lengths, group=self._group, async_op=True)
+        return _when_done(work, lambda: theirs.to(rows.device))
 
     def _is_exchanged(self, tensor: Tensor, copies: int) -> bool:
         return copies * tensor.numel() * tensor.element_size() <= self._exchanged_bytes
@@ -206,15 +218,20 @@ class ProcessGroupCollectives(Collectives):
         ranks = self.world_size
         size = -(-len(tensor) // ranks)
         padded = pad(tensor.to(self._device), (0, size * ranks - len(tensor)))
-        received = self._all_to_all(padded, [size] * ranks, [size] * ranks)
+        received = self._all_to_all(padded, [size] * ranks, torch.empty_like(padded), [size] * ranks)
         return lambda: (
             self._tell_all(received().view(ranks, size).sum(dim=0))().view(-1)[: len(tensor)].to(tensor.device)
         )
 
     def _tell_all(self, mine: Tensor) -> Callable[[], Tensor]:
         """Begin to give every rank the same; a function that waits for what they gave this one, by rank."""
-        ones = [1] * self.world_size
-        return self._all_to_all(torch.stack([mine] * self.world_size), ones, ones)
+        ones, for_ranks = [1] * self.world_size, torch.stack([mine] * self.world_size)
+        return self._all_to_all(for_ranks, ones, torch.empty_like(for_ranks), ones)
+
+
+def _room_for(rows: Tensor, count: int) -> Tensor:
+    """For so many like them."""
+    return rows.new_empty(count, *rows.shape[1:])
 
 
 def _when_done(work: Any, result: Callable[[], Result]) -> Callable[[], Result]:

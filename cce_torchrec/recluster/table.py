@@ -44,6 +44,7 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
 
     Raises:
         ValueError: on every rank, where weights are not finite.
+        RuntimeError: on every rank, where another rank failed.
     """
     for column, codebook in enumerate(state.codebooks):
         check_finite(state.name, f"column {column}", codebook, codebook.shape[1])

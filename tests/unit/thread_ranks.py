@@ -28,7 +28,9 @@ class ThreadCollectives(Collectives):
         total = torch.stack(self._gather(tensor)()).sum(dim=0)
         return lambda: total
 
-    def _all_to_all(self, rows: Tensor, lengths: list[int], counts: list[int]) -> Callable[[], Tensor]:
+    def _all_to_all(
+        self, rows: Tensor, lengths: list[int], received: Tensor, counts: list[int]
+    ) -> Callable[[], Tensor]:
         parts = [of_rank[self.rank] for of_rank in self._gather(rows.split(lengths))()]  # type: ignore[arg-type]
         assert [len(part) for part in parts] == counts
         return lambda: torch.cat(parts)
