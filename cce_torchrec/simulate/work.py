@@ -225,7 +225,7 @@ def _messages_of_walk(row_map: CCERowMap, dim: int, share: int, is_sharded: bool
 
 
 def _with_headers(messages: list[Message], world_size: int) -> tuple[Message, ...]:
-    """Each is preceded by two numbers of every rank, exchanges by two more and one a rank; those of no bytes are nothing else."""
+    """Each is preceded by two numbers of every rank, exchanges by two more and one a rank; those of 0 bytes are no more."""
     exchanges = sum(message.calls for message in messages if message.collective == "all_to_all")
     headers = [Message("all_gather", sum(message.calls for message in messages) + exchanges, 2 * _WORD)]
     if exchanges:

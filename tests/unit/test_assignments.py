@@ -1,6 +1,8 @@
 """Assignments as bits, and of warm ids only: what is stored, and that nothing else changes."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,11 +170,31 @@ def warm_ids(collection: CompressedEmbeddingBagCollection) -> list[int]:
 
 
 def test_before_a_clustering_all_ids_are_hashed_as_without_a_limit() -> None:
-    limited, plain = (
-        build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=limit))) for limit in (40, None)
-    )
+    method = CCE(num_rows=12, num_columns=2, initial_assignments="hash")
+    limited, plain = (build(cce_table(V, method=replace(method, num_assigned_ids=limit))) for limit in (40, None))
     assert torch.equal(limited.dense_weight("t"), plain.dense_weight("t"))
     assert warm_ids(limited) == []
+
+
+@pytest.mark.parametrize(("num_rows", "num_columns"), [(12, 2), (7, 4), (V, 2), (V + 5, 1), (1, 2)])
+def test_consecutive_ids_begin_in_blocks(num_rows: int, num_columns: int) -> None:
+    """Written down again, id by id; and each row has at most ceil(V / k) ids of a column."""
+    collection = build(cce_table(V, method=CCE(num_rows=num_rows, num_columns=num_columns)))
+    row_map = collection.lowered_tables[0].row_map
+    assert isinstance(row_map, CCERowMap)
+    width = math.ceil(V / num_rows)
+    expected = [
+        [math.floor((v + math.floor(i * width / num_columns)) / width) % num_rows for i in range(num_columns)]
+        for v in range(V)
+    ]
+    found_VA = row_map.assigned(torch.arange(V))
+    assert found_VA.tolist() == expected
+    assert all(int(codes_V.long().bincount().max()) <= width for codes_V in found_VA.T)
+
+
+def test_what_ids_cannot_begin_with() -> None:
+    with pytest.raises(ValueError, match=r"initial_assignments='random' is not one of \('blocks', 'hash'\)"):
+        CCE(num_rows=12, initial_assignments="random")  # type: ignore[arg-type]
 
 
 WEIGHTS = {
@@ -255,7 +277,8 @@ def test_a_budget_has_no_more_centroids_than_warm_ids() -> None:
 def test_as_many_slots_as_ids_are_no_limit() -> None:
     vectors = []
     for limit in (None, V):
-        collection = build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=limit)))
+        method = CCE(num_rows=12, num_columns=2, num_assigned_ids=limit, initial_assignments="hash")
+        collection = build(cce_table(V, method=method))
         for seed in (1, 2):
             recluster(collection, seed=seed, id_weights={"t": torch.arange(1, V + 1)})
         vectors.append(collection.dense_weight("t"))

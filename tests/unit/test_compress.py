@@ -238,7 +238,7 @@ def test_a_budget_that_cannot_be_met_names_the_table_and_changes_nothing() -> No
         ({"compression": 0.5}, "compression=0.5 is below 1"),
         (
             {"options": {"rows": 3}},
-            r"options \['rows'\] are not fields of 'cce'; those are \['num_rows', .*'num_hot_ids'\]",
+            r"options \['rows'\] are not fields of 'cce'; those are \['num_rows', .*'initial_assignments'\]",
         ),
     ],
 )

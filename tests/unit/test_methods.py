@@ -118,9 +118,9 @@ def test_cce_adds_an_assigned_and_a_hashed_row_in_each_column() -> None:
     assignments = collection.state_dict()["_row_maps.t.assignments"]
     assert assignments.shape == (V, 2)
     key = (9, "t", "cce")
-    # Before anything is learned, the stored assignment is itself a hash.
+    hashes = build(CCE(num_rows=6, num_columns=2, num_helper_rows=3, seed=9, initial_assignments="hash"))
     hashed = [[python_hash(v, 6, i, *key, "main") for i in range(2)] for v in range(V)]
-    assert assignments.tolist() == hashed
+    assert hashes.state_dict()["_row_maps.t.assignments"].tolist() == hashed
     assignments.random_(0, 6)
     expected = [
         torch.cat(

@@ -197,7 +197,7 @@ def test_several_decode_batches_give_what_one_gives(batch: int, points_per_centr
 
 
 def test_a_sample_is_about_as_large_as_asked_and_assignment_is_exact_all_the_same(monkeypatch) -> None:
-    from cce_torchrec.recluster import table as module
+    from cce_torchrec.recluster import fit as module
 
     sizes = []
     real = module.kmeans_steps

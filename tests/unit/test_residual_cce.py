@@ -1,6 +1,7 @@
 """Residual CCE against its formula, against CCE, and its re-clustering against explicit loops over levels."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def parts(collection: CompressedEmbeddingBagCollection, method: ResidualCCE) -> 
 
 @every_size
 def test_vectors_add_a_row_of_each_level_and_a_hashed_one(method: ResidualCCE) -> None:
-    collection = build(table(method))
+    collection = build(table(replace(method, initial_assignments="hash")))
     state = collection.state_dict()["_row_maps.t.assignments"]
     key = (0, "t", "cce")
     levels = method.num_levels - 1
