@@ -197,7 +197,7 @@ class CompressedEmbeddingBagCollection(EmbeddingBagCollectionInterface):
         return memory_report(self._configs, self.tables(), optimizer_bytes, optimizer)
 
     def grow(self, table: str, num_embeddings: int) -> None:
-        """Take in more ids, between two steps: those there were keep their vectors, new ones are hashed.
+        """Take in more ids, between two steps: those there were keep their vectors.
 
         Parameters stay the same objects with their optimizer state. Only for methods whose parameters do not depend on the
         number of ids.
