@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "robe_blocks_of_32": {"method": "robe", "options": {"block_size": 32}},
     "hashed_net_unsigned": {"method": "hashed_net", "options": {"signed": False}},
     "cce_hot_ids": {"method": "cce", "hot_part": 0.25},
+    "cce_from_hashes": {"method": "cce", "initial_assignments": "hash"},
     "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}},
     "residual_cce_hot_ids": {"method": "residual_cce", "hot_part": 0.25},
 }
@@ -32,6 +33,7 @@ METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
 LEVERS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "hashes at the start": {"initial_assignments": "hash"},
+    "hashes at the start, no gradients": {"initial_assignments": "hash", "gradient_steps": 0},
     "hot ids: 1/8 of the rows": {"hot_part": 0.125},
     "hot ids: 1/4 of the rows": {"hot_part": 0.25},
     "hot ids: 1/2 of the rows": {"hot_part": 0.5},
