@@ -78,7 +78,7 @@ def _fit_own_columns(
 ) -> list[Tensor]:
     """K-means of ``own`` columns on every rank, each on the points of all ranks: [A, K, D] of each column of the table."""
     ids_N, weights_N = collectives.all_gather_rows(ids_N), collectives.all_gather_rows(weights_N)
-    mine = [  # a column of every rank at a time: those of rank r are r * own and the next
+    mine = [  # a column of every rank at a time: those of rank r are r * own and the next; none is held twice
         collectives.exchange_rows([points.pop(column) for column in range(turn, len(state.codebooks), own)])
         for turn in range(own)
     ]
