@@ -102,8 +102,8 @@ def _matches(curves: Mapping[str, Sequence[Point]]) -> str:
 
 
 def draw(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """BCE against both sizes, of methods as they are and CCE with hot ids; a star is the first match of the full table."""
-    drawn = [*METHODS, "cce_hot_ids"]
+    """BCE against both sizes, of methods as they are and CCE from hashes; a star is the first match of the full table."""
+    drawn = [*METHODS, "cce_from_hashes"]
     curves = {method: points for method, points in curves.items() if method in drawn}
     panels = [
         Panel(

@@ -24,6 +24,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hashed_net_unsigned": {"method": "hashed_net", "options": {"signed": False}},
     "cce_hot_ids": {"method": "cce", "hot_part": 0.25},
     "cce_from_hashes": {"method": "cce", "initial_assignments": "hash"},
+    "cce_hot_ids_from_hashes": {"method": "cce", "hot_part": 0.25, "initial_assignments": "hash"},
+    "residual_cce_from_hashes": {"method": "residual_cce", "initial_assignments": "hash"},
     "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}},
     "residual_cce_hot_ids": {"method": "residual_cce", "hot_part": 0.25},
 }
