@@ -32,11 +32,12 @@ METHODS = {
     "groups": CCE(num_rows=24, num_columns=8),  # in step, as it is not given the memory: 3, 3 and 2 columns together
 }
 CONFIG = ReclusterConfig(num_iterations=3, tolerance=0.0, decode_batch_size=2048)
-NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000, "groups": 4000}  # at most the size of the sample: all are in it
+LONG = {"long": CCE(num_rows=40, num_columns=8)}  # 64 dims a column; 4 columns a rank of 2
+NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000, "groups": 4000, "long": 9000}  # at most the size of the sample: all are in it
 
 
 def row_map(name: str, device: torch.device) -> CCERowMap:
-    made = METHODS[name].row_map("t", NUM_IDS[name], 16, device)
+    made = {**METHODS, **LONG}[name].row_map("t", NUM_IDS[name], 512 if name in LONG else 16, device)
     assert isinstance(made, CCERowMap)
     return made
 
@@ -194,11 +195,12 @@ def peak_memory(rank: int, world_size: int, name: str, is_sharded: bool) -> int:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("name", ["wide", "long"])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_memory_is_within_the_bound(request: pytest.FixtureRequest, ranks: int) -> None:
-    found = [peak_memory(0, 1, "wide", False)]
+def test_memory_is_within_the_bound(request: pytest.FixtureRequest, ranks: int, name: str) -> None:
+    found = [peak_memory(0, 1, name, False)]
     if ranks > 1:
-        found = request.getfixturevalue(f"ranks{ranks}").run(peak_memory, "wide", True)
-    bound = expected("wide", ranks, ranks > 1).workspace
+        found = request.getfixturevalue(f"ranks{ranks}").run(peak_memory, name, True)
+    bound = expected(name, ranks, ranks > 1).workspace
     scores = 4 << 20  # the block of distances, which is not used where the native kernel runs
     assert max(found) <= sum(bound) <= 2.5 * max(found) + scores
