@@ -33,7 +33,7 @@ METHODS = {
 }
 CONFIG = ReclusterConfig(num_iterations=3, tolerance=0.0, decode_batch_size=2048)
 LONG = {"long": CCE(num_rows=40, num_columns=8)}  # 64 dims a column; 4 columns a rank of 2
-NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000, "groups": 4000, "long": 9000}  # at most the size of the sample: all are in it
+NUM_IDS = {"cce": 5001, "wide": 9000, "levels": 6000, "groups": 4000, "long": 9000}  # all are in the sample
 
 
 def row_map(name: str, device: torch.device) -> CCERowMap:
