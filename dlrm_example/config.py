@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from cce_torchrec import METHODS, ReclusterConfig, ReclusterSchedule
 from dlrm_example.data import DATASETS
@@ -163,7 +163,8 @@ def _typed(name: str, text: str, wanted: object) -> OptionValue:
                 continue
     if str in allowed or text in allowed:
         return text
-    raise UsageError(f"--method_options {name}={text!r}: expected {getattr(wanted, '__name__', wanted)}")
+    told = _listed(allowed) if get_origin(wanted) is Literal else getattr(wanted, "__name__", wanted)
+    raise UsageError(f"--method_options {name}={text!r}: expected {told}")
 
 
 def _check_choice(name: str, value: str, known: Mapping[str, object] | tuple[str, ...]) -> None:

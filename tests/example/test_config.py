@@ -69,6 +69,7 @@ def test_default_compression(method: str, compression: float) -> None:
         ("--method cce --method_options num_columns", "'num_columns' is not key=value"),
         ("--method cce --method_options columns=4", "method cce has no such field; it has num_rows, num_columns"),
         ("--method cce --method_options num_columns=four", "num_columns='four': expected int"),
+        ("--method cce --method_options initial_assignments=x", "initial_assignments='x': expected blocks, hash"),
         ("--method cce --method_options num_columns=5", "num_columns=5"),
         ("--method cce --compression 100000", r"works here"),
         ("--method cce --min_compressed_rows 5000", "so none is compressed"),
