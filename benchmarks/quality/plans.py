@@ -57,7 +57,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "24 re-clusterings": {"recluster_count": 24},
     "the last at 0.5": {"recluster_stop": 0.5},
     "the last at 1": {"recluster_stop": 1.0},
-    "start where hashes put ids": {"start_from_mean": False},
+    "start where ids are, not from the mean": {"start_from_mean": False},
     "optimizer state reset": {"optimizer_state": "reset"},
     "both of these": {"start_from_mean": False, "optimizer_state": "reset"},
     "helper: 1/8 of the rows": {"helper_part": 0.125},
