@@ -2,9 +2,11 @@
 
     assigned(id) = decode(assignments[id])                                     every id has a slot
     assigned(id) = decode(assignments[slot]) if warm_ids[slot] = id            slots are the warm ids', in order
-                   else h(id)                                                  a hash
+                   else h(id)                                                  a hash, row 0 once something was learned
 
 Before anything is learned, assignments are blocks of consecutive ids or hashes, where not all ids have slots always hashes.
+After that the ids without a slot, the cold ones, share a row: were they hashed, rows would be those of warm ids, too, which
+they are not like.
 
 An assignment is one of k rows that ids share, or, from k on, a row of the id's own: k + j of the j-th hot id. Encodings are
 in encoding.py.
@@ -24,6 +26,7 @@ from cce_torchrec.methods.encoding import Encoding, PackedEncoding, PlainEncodin
 from cce_torchrec.native.rows import Assigned
 
 InitialAssignments = Literal["blocks", "hash"]
+COLD_ROW = 0  # of cold ids, in every codebook, once something was learned
 _NO_ID = -1  # in slots that no id has; below all ids, so that slots are sorted
 
 
@@ -212,7 +215,7 @@ class AssignedRowMap(RowMap):
         elsewhere = self._num_slots() - len(self.assignments)
         return super().stored_bytes() + elsewhere * self.encoding.width * self.encoding.dtype.itemsize
 
-    def hashed(self, ids_N: Tensor) -> Tensor:
+    def cold(self, ids_N: Tensor) -> Tensor:
         """The assignments of ids that have no slot: int64 [A, N]."""
         assert self.main_coefficients is not None
         return hash_rows(ids_N, self.main_coefficients, self.num_values)
@@ -222,7 +225,7 @@ class AssignedRowMap(RowMap):
         if self.warm_ids is not None:
             slots_N, is_warm_N = find_sorted(self.warm_ids, ids_N)
             learned_NA = self.encoding.decode(torch.index_select(self.assignments, 0, slots_N))
-            return torch.where(is_warm_N[:, None], learned_NA, self.hashed(ids_N).T.to(learned_NA.dtype))
+            return torch.where(is_warm_N[:, None], learned_NA, self.cold(ids_N).T.to(learned_NA.dtype))
         local_N = ids_N - self.first_id if self.first_id else ids_N
         return self.encoding.decode(torch.index_select(self.assignments, 0, local_N))  # twice as fast as indexing
 
@@ -264,6 +267,11 @@ class AssignedRowMap(RowMap):
         free = len(self.warm_ids) - len(ids_N)
         self.warm_ids[:free], self.warm_ids[free:] = _NO_ID, ids_N
         self.assignments[:free], self.assignments[free:] = 0, stored_NW
+
+    def share_cold_row(self) -> None:
+        """Assign all ids that have no slot row 0 of every codebook, from now on."""
+        if self.main_coefficients is not None:
+            self.main_coefficients[1:] = 0  # the hash whose every value is COLD_ROW, so that no kernel need know of it
 
     @property
     def can_grow(self) -> bool:

@@ -93,6 +93,7 @@ class CCERowMap(AssignedRowMap):
             helper_coefficients: fresh helper hashes.
         """
         self.put(stored_NW, ids_N)
+        self.share_cold_row()
         if self.helper_coefficients is not None:
             assert helper_coefficients is not None
             self.helper_coefficients.copy_(helper_coefficients)
@@ -179,7 +180,8 @@ class CCE(RowMethod):
         seed: of the hash functions; the table's name is part of the seed.
         bit_packed: whether assignments take ceil(log2 k) bits instead of 1, 2 or 4 bytes; results are the same.
         num_assigned_ids: N, how many ids have stored assignments; ``None`` for all. Each re-clustering gives them to the ids
-            seen most often in training (or of the largest ``id_weights``); the others stay hashed.
+            seen most often in training (or of the largest ``id_weights``). The others are hashed until the first one; from
+            then on they share a row of each main codebook, the mean of their vectors, and differ by their helper rows.
         min_id_count: n, how often an id must have been seen to get stored assignments, where not all ids have them.
         num_hot_ids: f, how many ids have a row of their own. Each re-clustering gives these to the ids on which the loss
             depends most, by the gradients that were recorded, or to those of the largest weights, where weights are given.
@@ -273,7 +275,8 @@ class CCE(RowMethod):
         rows = budget_rows(cls.key, num_params, embedding_dim, smallest) - hot_ids
         if main_rows is None:
             main_rows = (rows - (helper_rows or rows // (num_assigned + 1))) // num_assigned
-            main_rows = min(main_rows, overrides.get("num_assigned_ids") or main_rows)  # more have no id to cluster
+            warm_ids = overrides.get("num_assigned_ids")
+            main_rows = main_rows if warm_ids is None else min(main_rows, warm_ids + 1)  # more have no id to cluster
         return {
             "num_rows": main_rows,
             "num_helper_rows": rows - num_assigned * main_rows,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_rows
-from cce_torchrec.methods.assignments import find_sorted
+from cce_torchrec.methods.assignments import COLD_ROW, find_sorted
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.table_state import NewTable, TableState
@@ -98,7 +98,7 @@ def _new_rows(state: TableState, new: NewTable, ids_N: Tensor, block: Block) -> 
     else:
         places_N, is_chosen_N = find_sorted(new.ids, ids_N)
         chosen_NA = row_map.encoding.decode(new.assignments[places_N])
-        assigned_NA = torch.where(is_chosen_N[:, None], chosen_NA, row_map.hashed(ids_N).T.to(chosen_NA.dtype))
+        assigned_NA = torch.where(is_chosen_N[:, None], chosen_NA, COLD_ROW)
     return row_map.rows_of(ids_N, assigned_NA, new.helper_coefficients)
 
 

@@ -2,7 +2,7 @@
 
 Each rank samples its own ids. Where the ranks divide the columns evenly, each rank then gets the whole sample of its own
 columns and fits them without another message; else the ranks share the fits of all columns, which go in step. Both find the
-same centroids, up to rounding.
+same centroids, up to rounding. Where only some ids have stored assignments, the first row is that of the others, see cold.py.
 
 Shapes: N ids of the sample, C columns, A codebooks with assignments a column, K rows of each, D dims of a column.
 """
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cce_torchrec.hashing import derive_seed
 from cce_torchrec.methods.assignments import find_sorted
+from cce_torchrec.recluster.cold import cold_rows
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.config import ReclusterConfig
 from cce_torchrec.recluster.kmeans import kmeans_steps
@@ -33,8 +34,28 @@ def fit_centroids(
     config: ReclusterConfig,
     collectives: Collectives,
 ) -> list[Tensor]:
-    """K-means on a sample of the ids that are not hot: [A, K, D] of each column; collective."""
-    num_rows, columns = state.row_map.level_rows, range(len(state.codebooks))
+    """The row of cold ids, where there are such, and K-means for the others: [A, K, D] of each column; collective."""
+    num_rows = state.row_map.level_rows
+    has_cold_ids = block.ids is not None and len(block.ids) < state.row_map.num_embeddings
+    if not has_cold_ids or num_rows == 1:
+        return _fit_shared_rows(state, num_rows, vectors, block, hot_H, seed, config, collectives)
+    centroids = _fit_shared_rows(state, num_rows - 1, vectors, block, hot_H, seed, config, collectives)
+    cold = cold_rows(state, vectors, block, seed, config, collectives)
+    return [torch.cat(rows, dim=1) for rows in zip(cold, centroids, strict=True)]
+
+
+def _fit_shared_rows(
+    state: TableState,
+    num_rows: int,
+    vectors: Vectors,
+    block: Block,
+    hot_H: Tensor,
+    seed: int,
+    config: ReclusterConfig,
+    collectives: Collectives,
+) -> list[Tensor]:
+    """K-means on a sample of the ids of a block that are not hot: [A, K, D] of each column; collective."""
+    columns = range(len(state.codebooks))
     size = config.points_per_centroid * num_rows
     num_ids = state.row_map.num_embeddings if block.ids is None else len(block.ids)
     ids_N, weights_N = sample(state.weights_V, num_ids, block, size, derive_seed(seed, "sample"), collectives)
@@ -47,12 +68,12 @@ def fit_centroids(
     batches = ids_N.split(config.decode_batch_size)
     if own := columns_of_a_rank(state.row_map, config, collectives.world_size):
         points = _points(vectors, columns, batches)
-        return _fit_own_columns(state, points, own, ids_N, weights_N, seed, config, collectives)
+        return _fit_own_columns(state, num_rows, points, own, ids_N, weights_N, seed, config, collectives)
     together = columns_together(state.row_map, config, collectives.world_size)
     centroids = []
     for start in columns[::together]:
         points = _points(vectors, columns[start : start + together], batches)
-        centroids += _fit_levels(state, points, ids_N, weights_N, seed, config, collectives)
+        centroids += _fit_levels(state, num_rows, points, ids_N, weights_N, seed, config, collectives)
     return centroids
 
 
@@ -68,6 +89,7 @@ def _points(vectors: Vectors, columns: Iterable[int], batches: Sequence[Tensor])
 
 def _fit_own_columns(
     state: TableState,
+    num_rows: int,
     points: dict[int, Tensor],
     own: int,
     ids_N: Tensor,
@@ -85,12 +107,13 @@ def _fit_own_columns(
     centroids = []
     for turn in range(own):
         of_column = {collectives.rank * own + turn: mine.pop(0)}
-        centroids += _fit_levels(state, of_column, ids_N, weights_N, seed, config, collectives.alone())
+        centroids += _fit_levels(state, num_rows, of_column, ids_N, weights_N, seed, config, collectives.alone())
     return list(collectives.all_gather_rows(torch.stack(centroids)))
 
 
 def _fit_levels(
     state: TableState,
+    num_rows: int,
     points: dict[int, Tensor],
     ids_N: Tensor,
     weights_N: Tensor,
@@ -107,7 +130,7 @@ def _fit_levels(
         fits = [
             kmeans_steps(
                 points_ND,
-                state.row_map.level_rows,
+                num_rows,
                 seed=derive_seed(seed, column, *([level] if level else [])),
                 point_ids_N=ids_N,
                 weights_N=weights_N,

@@ -7,8 +7,8 @@
 Where a column has several codebooks with assignments, the second is fitted and assigned on the residuals of the first,
 and so on; M' is the mean of what the last one leaves.
 
-Where only some ids have stored assignments, K-means is fitted to those and moves those; the others keep the hash that they
-have, and count in the mean residuals.
+Where only some ids have stored assignments, K-means is fitted to those, with a centroid less, and moves those; the others
+share the first row, M_i[0] <- mean of x_i(v) over them, and count in the mean residuals.
 
 The hot ids are not clustered: each takes its vector along, H[j] <- x(v) / R for the R times that its row is added up, and
 those that are no longer hot are clustered with the others.
@@ -63,7 +63,7 @@ def recluster_table(state: TableState, *, seed: int, config: ReclusterConfig, co
     for ids_N, stored_NW in zip(block.batches(), batches, strict=False):  # an empty block still has one empty batch
         stored_NW.copy_(row_map.encoding.encode(sums.add(ids_N, vectors)))
     if chosen is not None:
-        _add_hashed_ids(sums, state, chosen, config, collectives)
+        _add_cold_ids(sums, state, chosen, config, collectives)
     sums.reduce(collectives)
     places_N = moved_sample(row_map.num_embeddings if chosen is None else len(chosen), block)
     after_NA = row_map.encoding.decode(assignments[places_N - block.start])
@@ -86,9 +86,9 @@ def _vectors(
     state: TableState, recorded: SumsById | None, config: ReclusterConfig, collectives: Collectives
 ) -> Vectors:
     """What is clustered; collective."""
-    is_hashed = int(state.row_map.version) == 0
+    is_first = int(state.row_map.version) == 0
     device = state.codebooks[0].device
-    return Vectors(state, targets_from(recorded, state.decode if is_hashed else None, config, device, collectives))
+    return Vectors(state, targets_from(recorded, state.decode if is_first else None, config, device, collectives))
 
 
 def _choose_hot_ids(
@@ -106,7 +106,7 @@ def _choose_hot_ids(
     return found_H if chosen is None else found_H[find_sorted(chosen, found_H)[1]]
 
 
-def _add_hashed_ids(
+def _add_cold_ids(
     sums: TableSums, state: TableState, chosen: Tensor, config: ReclusterConfig, collectives: Collectives
 ) -> None:
     """Count the ids that have no stored assignments, each rank its share."""
@@ -115,5 +115,5 @@ def _add_hashed_ids(
     recorded = gather_sums(state.gradients, block, collectives)
     vectors = _vectors(state, recorded, config, collectives)
     for ids_N in block.batches():
-        hashed_N = ids_N[~find_sorted(chosen, ids_N)[1]]
-        sums.add(hashed_N, vectors, row_map.hashed(hashed_N))
+        cold_N = ids_N[~find_sorted(chosen, ids_N)[1]]
+        sums.add(cold_N, vectors, are_cold=True)

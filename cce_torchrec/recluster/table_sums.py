@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_rows
-from cce_torchrec.methods.assignments import find_sorted
+from cce_torchrec.methods.assignments import COLD_ROW, find_sorted
 from cce_torchrec.recluster.collectives import Collectives
 from cce_torchrec.recluster.nearest import assign_nearest
 from cce_torchrec.recluster.table_state import TableState, Vectors
@@ -33,26 +33,26 @@ class TableSums:
         self._residual = [_zeros(row_map.num_helper_rows, book.shape[1], like=book) for book in books]
         self._optimizer = [_zeros(num_rows, old.shape[1], like=old) for old in state.optimizer_state]
 
-    def add(self, ids_N: Tensor, vectors: Vectors, hashed_AN: Tensor | None = None) -> Tensor:
+    def add(self, ids_N: Tensor, vectors: Vectors, are_cold: bool = False) -> Tensor:
         """Add up a batch of ids; returns their assignments [N, C * A].
 
         Args:
             ids_N: some ids.
             vectors: theirs.
-            hashed_AN: their assignments, where they are not to have the nearest.
+            are_cold: whether they are to have the row of cold ids, not the nearest.
         """
         old_rows_CNR = self._state.rows(ids_N)
-        if hashed_AN is not None or not len(self._hot_H):
-            return self._add_shared(ids_N, vectors, old_rows_CNR, hashed_AN)
+        if are_cold or not len(self._hot_H):
+            return self._add_shared(ids_N, vectors, old_rows_CNR, are_cold)
         places_N, is_hot_N = find_sorted(self._hot_H, ids_N)
         shared_N, hot_N = (~is_hot_N).nonzero().view(-1), is_hot_N.nonzero().view(-1)
         assignments = ids_N.new_empty(len(ids_N), self._state.row_map.assignments_per_id)
-        assignments[shared_N] = self._add_shared(ids_N[shared_N], vectors, old_rows_CNR[:, shared_N], None)
+        assignments[shared_N] = self._add_shared(ids_N[shared_N], vectors, old_rows_CNR[:, shared_N], False)
         self._add_hot(ids_N[hot_N], places_N[hot_N], vectors, old_rows_CNR[:, hot_N])
         assignments[hot_N] = self._state.row_map.level_rows + places_N[hot_N, None]
         return assignments
 
-    def _add_shared(self, ids_N: Tensor, vectors: Vectors, old_rows_CNR: Tensor, hashed_AN: Tensor | None) -> Tensor:
+    def _add_shared(self, ids_N: Tensor, vectors: Vectors, old_rows_CNR: Tensor, are_cold: bool) -> Tensor:
         weights_N = id_weights(self._state.weights_V, ids_N)
         helpers_CN: Tensor | None = None
         if self._helper_coefficients is not None:
@@ -63,10 +63,10 @@ class TableSums:
             self._energy[0] += points_ND.double().square().sum(dim=1) @ weights_N
             new_rows = []
             for level, centroids_KD in enumerate(centroids_AKD):
-                if hashed_AN is None:
-                    assigned_N, _ = assign_nearest(points_ND, centroids_KD)
+                if are_cold:
+                    assigned_N = torch.full_like(ids_N, COLD_ROW)
                 else:
-                    assigned_N = hashed_AN[len(assignments)]
+                    assigned_N, _ = assign_nearest(points_ND, centroids_KD)
                 points_ND = points_ND - centroids_KD[assigned_N]
                 assignments.append(assigned_N)
                 new_rows.append(assigned_N + level * len(centroids_KD))

@@ -20,7 +20,6 @@ from cce_torchrec import (
     ResidualCCE,
     recluster,
 )
-from cce_torchrec.hashing import hash_rows
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.encoding import PackedEncoding
 from cce_torchrec.native import switched_off
@@ -217,12 +216,11 @@ def brute_force(
     before: Tensor, collection: CompressedEmbeddingBagCollection, weights: Tensor, warm: list[int]
 ) -> Tensor:
     """The vectors after a re-clustering, id by id, from the centroids that it found: float64 [V, D]."""
-    now, row_map = Snapshot.of(collection), warm_map(collection)
-    rows = hash_rows(torch.arange(V), row_map.main_coefficients, 12).T
+    now = Snapshot.of(collection)
     columns = []
     for column, x_VD in enumerate(before.chunk(2, dim=1)):
         book = now.main[column]
-        row_V = rows[:, column].clone()
+        row_V = torch.zeros(V, dtype=torch.int64)
         for v in warm:
             row_V[v] = int((x_VD[v] - book).square().sum(1).argmin())
         main_VD = book[row_V]
@@ -237,7 +235,7 @@ def brute_force(
     return torch.cat(columns, dim=1)
 
 
-def test_warm_ids_get_the_nearest_centroid_and_the_others_keep_their_hash() -> None:
+def test_warm_ids_get_the_nearest_centroid_and_the_others_the_first() -> None:
     weights = (torch.rand(V, generator=torch.Generator().manual_seed(3)) * 9).floor().double()
     collection = build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=60)))
     for seed in (1, 2):  # the second time, other ids are warm
@@ -249,13 +247,17 @@ def test_warm_ids_get_the_nearest_centroid_and_the_others_keep_their_hash() -> N
         expected = brute_force(before, collection, weights, warm)
         used = weights > 0
         torch.testing.assert_close(after[used], expected[used], rtol=1e-5, atol=1e-5)
+        cold = [v for v in range(V) if v not in warm]
+        assert torch.count_nonzero(Snapshot.of(collection).assignments_VC[cold]) == 0
+        mean = (before[cold] * weights[cold, None]).sum(dim=0) / weights[cold].sum()
+        torch.testing.assert_close(first_rows(collection), mean, rtol=1e-5, atol=1e-6)
         lost = ((before - after).square().sum(1) @ weights) / (before.square().sum(1) @ weights)
         assert report.relative_squared_error == pytest.approx(float(lost), rel=1e-4)
 
 
 def test_centroids_are_those_of_the_warm_ids_alone() -> None:
     """A table of the warm ids alone, with the vectors they have, has the same K-means objective: 0 for as many rows."""
-    collection = build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=12)))
+    collection = build(cce_table(V, method=CCE(num_rows=13, num_columns=2, num_assigned_ids=12)))
     before = collection.dense_weight("t").double()
     weights = torch.zeros(V)
     weights[100:130] = torch.arange(30, 0, -1.0)
@@ -266,12 +268,59 @@ def test_centroids_are_those_of_the_warm_ids_alone() -> None:
         torch.testing.assert_close(nearest, torch.zeros(12, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
+def first_rows(collection: CompressedEmbeddingBagCollection) -> Tensor:
+    """Of the main codebooks of all columns, side by side."""
+    return torch.cat([book[0] for book in Snapshot.of(collection).main])
+
+
+def test_cold_ids_that_were_never_seen_share_the_mean_of_the_others() -> None:
+    collection = build(cce_table(V, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=30)))
+    before = collection.dense_weight("t").double()
+    weights = torch.zeros(V)
+    weights[100:120] = torch.arange(1.0, 21)
+    recluster(collection, seed=0, id_weights={"t": weights})
+    mean = (before * weights[:, None]).sum(dim=0) / weights.sum()
+    torch.testing.assert_close(first_rows(collection), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_further_codebooks_leave_the_mean_of_cold_ids_as_it_is() -> None:
+    method = ResidualCCE(num_rows=12, num_columns=2, num_levels=3, num_assigned_ids=30)
+    collection = build(cce_table(V, method=method))
+    before, weights = collection.dense_weight("t").double(), torch.arange(V, 0, -1.0)
+    recluster(collection, seed=0, id_weights={"t": weights})
+    cold, rows = torch.arange(30, V), collection.lowered_tables[0].row_map.rows(torch.arange(V))
+    mean = (before[cold] * weights[cold, None]).sum(dim=0) / weights[cold].sum()
+    for column, of_column in enumerate(mean.chunk(2)):
+        book = collection.codebook(collection.lowered_tables[0].physical_names[column]).double()
+        assert (rows[column, cold, :2] == torch.tensor([0, 12])).all()
+        torch.testing.assert_close(book[0], of_column, rtol=1e-5, atol=1e-6)
+        assert not book[12].any()
+
+
+def test_the_only_row_is_everybodys() -> None:
+    collection = build(cce_table(V, method=CCE(num_rows=1, num_columns=2, num_assigned_ids=30)))
+    before = collection.dense_weight("t").double()
+    weights = torch.zeros(V)
+    weights[:30] = 1
+    recluster(collection, seed=0, id_weights={"t": weights})
+    torch.testing.assert_close(first_rows(collection), before[:30].mean(dim=0), rtol=1e-5, atol=1e-6)
+
+
+def test_a_mean_over_a_sample_is_near_that_of_all() -> None:
+    collection = build(cce_table(20_000, method=CCE(num_rows=12, num_columns=2, num_assigned_ids=30)))
+    before, weights = collection.dense_weight("t").double(), 1 / torch.arange(1.0, 20_001)
+    recluster(collection, seed=0, id_weights={"t": weights}, config=ReclusterConfig(points_per_centroid=64))
+    mean = (before[30:] * weights[30:, None]).sum(dim=0) / weights[30:].sum()
+    assert (first_rows(collection) - mean).norm() < 0.2 * before.std(dim=0).norm()
+    assert not torch.equal(first_rows(collection), mean)
+
+
 def test_a_budget_has_no_more_centroids_than_warm_ids() -> None:
     assert CCE.from_budget(V, 8, 100 * 8, num_assigned_ids=60).num_rows == 50
     method = CCE.from_budget(V, 8, 100 * 8, num_assigned_ids=20)
-    assert (method.num_rows, method.helper_rows) == (20, 80)
+    assert (method.num_rows, method.helper_rows) == (21, 79)
     method = ResidualCCE.from_budget(V, 8, 100 * 8, num_assigned_ids=20)
-    assert (method.num_rows, method.helper_rows) == (20, 60)
+    assert (method.num_rows, method.helper_rows) == (21, 58)
 
 
 def test_as_many_slots_as_ids_are_no_limit() -> None:

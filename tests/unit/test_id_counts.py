@@ -253,12 +253,12 @@ def trained_table() -> tuple[EmbeddingBagCollection, Tensor]:
 
 
 def test_a_trained_table_is_compressed_by_given_weights() -> None:
-    """As many rows as warm ids: these keep their vectors, since others hardly count in the mean residuals."""
+    """A row for each warm id, and that of the others: warm ids keep their vectors, others hardly count in mean residuals."""
     weights_V = torch.zeros(V)
     weights_V[60:72] = torch.arange(1.0, 13.0)
     weights_V[:62] = 1e-6
     full, old_VD = trained_table()
-    method = warm_method(num_rows=10, min_id_count=3)
+    method = warm_method(num_rows=11, min_id_count=3)
     compressed = compress(full, {"t": method}, from_trained=True, id_weights={"t": weights_V})
     assert warm_ids(compressed) == list(range(62, 72))
     torch.testing.assert_close(compressed.dense_weight("t")[62:72], old_VD[62:72], rtol=0, atol=1e-6)

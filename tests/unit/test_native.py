@@ -143,19 +143,22 @@ def test_kernels_write_what_rows_returns_and_nothing_else(name: str, N: int) -> 
 @needs_compiler
 @pytest.mark.parametrize("num_warm", [1, 2, 3, 17, 100, 999, V])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-def test_a_kernel_finds_the_ids_that_are_warm(num_warm: int, ids_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_a_kernel_finds_the_ids_that_are_warm(num_warm: int, ids_dtype: torch.dtype, is_learned: bool) -> None:
     row_map = lower_tables([table("t", CCE(num_rows=300, num_columns=4, num_assigned_ids=num_warm))], [None])[0].row_map
     assert isinstance(row_map, CCERowMap)
     row_map.warm_ids = row_map.warm_ids.to(ids_dtype)
     warm = torch.randperm(V)[:num_warm].sort().values
     assignments = torch.randint(300, (num_warm, 4))
     row_map.put(row_map.encoding.encode(assignments), warm)
+    if is_learned:
+        row_map.share_cold_row()
     ids = torch.randint(V, (3001,))
     values = torch.empty(4 * 2 * len(ids), dtype=torch.int64)
     assert row_map.write_rows(ids, values, [c * 2 * len(ids) for c in range(4)])
     found = dict(zip(warm.tolist(), assignments.tolist(), strict=True))
-    hashed = row_map.hashed(ids).T.tolist()
-    expected = [found.get(v, h) for v, h in zip(ids.tolist(), hashed, strict=True)]
+    cold = [[0] * 4] * len(ids) if is_learned else row_map.cold(ids).T.tolist()
+    expected = [found.get(v, h) for v, h in zip(ids.tolist(), cold, strict=True)]
     assert values.view(4, len(ids), 2)[..., 0].T.tolist() == expected
 
 
