@@ -1,12 +1,10 @@
 """Which bytes are worth having: BCE against all bytes, over rows, columns, bits and the part of ids with assignments.
 
-Runs are made with an integer an assignment; as bits, results are the same, number by number, and only bytes differ. They
-re-cluster without recorded gradients.
+Runs are made with an integer an assignment; as bits, results are the same, number by number, and only bytes differ.
 """
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
@@ -43,18 +41,16 @@ def settings(dataset: str, params: int, num_columns: int, warm_part: float | Non
         epochs=plans.EPOCHS[dataset],
         options={"num_columns": num_columns},
         id_weights="counts",
-        gradient_steps=0,
         warm_part=warm_part,
     )
 
 
 def is_of_grid(run: Record) -> bool:
-    """Whether it was made for this page, by the defaults of now or of before."""
+    """Whether it was made for this page."""
     made = Settings(**run["settings"])
     if made.dataset not in PARAMS or made.params is None or set(made.options) != {"num_columns"}:
         return False
-    grid = settings(made.dataset, made.params, made.options["num_columns"], made.warm_part, made.seed)
-    return replace(made, optimizer_state=grid.optimizer_state, start_from_mean=grid.start_from_mean) == grid
+    return made == settings(made.dataset, made.params, made.options["num_columns"], made.warm_part, made.seed)
 
 
 class Cell(NamedTuple):
@@ -155,9 +151,9 @@ def write_page(runs: Sequence[Record], titles: dict[str, str]) -> None:
 PAGE = """# Which bytes are worth having?
 
 CCE, with everything that is stored counted: codebooks, assignments, warm ids. The protocol is that of
-[quality.md](quality.md), on its split for tuning; ids weigh their counts in re-clusterings, for which no
-gradients are recorded. Of the ids of each table, a part has stored assignments (`num_assigned_ids`), the ones seen most
-often; the others stay hashed. "Bits" are
+[quality.md](quality.md), on its split for tuning; ids weigh their counts in re-clusterings. Of the ids of each table, a part
+has stored assignments (`num_assigned_ids`), the ones seen most often; the others share a row of each main codebook from the
+first re-clustering on, before which ids are hashed, and blocks where all have assignments. "Bits" are
 `bit_packed=True`, which gives the same vectors, bit by bit, so it is not run again. Sizes that are missing were not run, and
 one seed says little about differences below 0.003.
 

@@ -40,7 +40,7 @@ def choose_ids(
         assert counts is not None
         chosen_N = _most_seen(name, row_map, counts, collectives)
         if len(chosen_N) == 0:
-            logger.warning("Table %r is not re-clustered: no id was seen %d times, so all stay hashed.", name, least)
+            logger.warning("Table %r is not re-clustered: no id was seen %d times, so it stays as it is.", name, least)
     else:
         chosen_N = row_map.choose(weights_V)
         if len(chosen_N) == 0:
