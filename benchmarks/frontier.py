@@ -22,7 +22,8 @@ CURVES: dict[str, tuple[tuple[str, ...], str]] = {
     "CCE": (("sweep_million",), "cce"),
     "CCE, 32 hot ids": (("sweep_million_hot",), "cce"),
     "CCE, 32 hot ids, one column of 220 rows": (("sweep_million_bytes",), "cce"),
-    "CCE, 32 hot ids, 20,000 ids assigned": (("sweep_million_warm",), "cce"),
+    "CCE, 32 hot ids, 5,000 ids assigned": (("sweep_million_warm",), "cce"),
+    "CCE, 32 hot ids, 1,000 ids assigned": (("sweep_million_warm_1000",), "cce"),
     "ROBE": (("sweep_million", "sweep_million_robe"), "robe"),
     "CE": (("sweep_million",), "ce"),
     "DHE": (("sweep_million",), "dhe"),
@@ -79,7 +80,8 @@ Three tables of a million ids; full tables have 48,000,000 parameters, 192,000,0
 {level.spread:.4f} over {len(level.scores)} seeds. Excess is BCE above {LEAST}, the least that is possible. Mean ± standard
 deviation over seeds. Bands and lines are those of [sweep_million.md](sweep_million.md), which says how the runs were made, as
 do [sweep_million_hot.md](sweep_million_hot.md), [sweep_million_bytes.md](sweep_million_bytes.md),
-[sweep_million_warm.md](sweep_million_warm.md) and [sweep_million_robe.md](sweep_million_robe.md).
+[sweep_million_warm.md](sweep_million_warm.md), [sweep_million_warm_1000.md](sweep_million_warm_1000.md) and
+[sweep_million_robe.md](sweep_million_robe.md).
 
 {table(level)}
 

@@ -115,8 +115,8 @@ class AssignmentStorage:
 class AssignedRowMap(RowMap):
     """A row map that stores A rows an id, which can be learned.
 
-    Buffers: ``assignments`` [V, W], of a block of ids after :meth:`keep_block`; or, where ids are hashed until they are
-    warm, [S, W], beside ``warm_ids`` [S], sorted, int32 where that holds V, and ``main_coefficients`` int64 [1 + A].
+    Buffers: ``assignments`` [V, W], of a block of ids after :meth:`keep_block`; or, where not all ids have slots,
+    [S, W], beside ``warm_ids`` [S], sorted, int32 where that holds V, and ``main_coefficients`` int64 [1 + A].
 
     Args:
         storage: what is stored for which ids.

@@ -9,7 +9,8 @@ The vectors x_v are taken to be unrelated, which no method can do worse than. Th
     k learned rows of d dims      (k^(-2/d) - V^(-2/d)) / (1 - V^(-2/d)),   0 from k = V on
 
 Where only N ids have stored assignments, the most looked up ones, the rows of those are learned (N in place of V), and the
-others are left to the hash. Hot ids, the most looked up ones too, lose nothing, and share no rows with the others.
+others are left to the hash of the helper. Hot ids, the most looked up ones too, lose nothing, and share no rows with
+the others.
 
 A hashed row is the mean of its ids, weighted by their lookups: q_v is the weight of the others that id v is expected to share
 it with. Learned rows quantise d dims by log2 k bits, which for Gaussian vectors leaves k^(-2/d) of their energy (the
