@@ -44,7 +44,8 @@ def plan_compression(
     model of hashing and quantisation expects to be lost (``planner/expected_loss.py``; 0 for a full table), ``held_t`` its
     codebooks, their gradients and optimizer state, assignments, and what a re-clustering holds, ``transient_t`` its turn
     in a re-clustering. Candidates are the full table and each method in eight sizes for every doubling, with each number of
-    columns that FBGEMM takes. Among them the choice is optimal, unless ``gap`` of the plan says otherwise.
+    columns that FBGEMM takes; where ``statistics`` has a number for each id, also with stored assignments for the 256, 1,024,
+    4,096, ... most frequent ids only. Among them the choice is optimal, unless ``gap`` of the plan says otherwise.
 
     Compressed tables are replicated. Full tables are split by rows where there are several devices; while there is
     room left, the smallest are replicated, which is faster.

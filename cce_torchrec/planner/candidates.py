@@ -1,6 +1,10 @@
-"""What a table may become: the full table, and each method in eight sizes a doubling with every number of columns."""
+"""What a table may become: the full table, and each method in eight sizes a doubling with every number of columns.
+
+Where it is known which ids are looked up most, also with stored assignments for these alone: 256, 1,024, 4,096, ... of them.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -13,6 +17,7 @@ from cce_torchrec.planner.traffic import Traffic
 
 _SIZES_A_DOUBLING = 8
 _MOST_COLUMNS = 16
+_FEWEST_ASSIGNED_IDS = 256
 
 
 class Candidate(NamedTuple):
@@ -53,7 +58,7 @@ def _candidates(
     yield Candidate(full, placement, in_full, 0.0)
     seen: set[MethodConfig] = set()
     for key, options in fixed.items():
-        for method in _sizes(key, table, options):
+        for method in _sizes(key, table, options, traffic):
             if method not in seen:
                 seen.add(method)
                 needs = footprint(table, method, "replicated", devices)
@@ -69,7 +74,7 @@ def full_placement(table: EmbeddingBagConfig, devices: Devices) -> Placement:
     return "row_wise" if block * (devices.world_size - 1) < table.num_embeddings else "replicated"
 
 
-def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> Iterator[RowMethod]:
+def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any], traffic: Traffic) -> Iterator[RowMethod]:
     """Instances of a method of all sizes that are smaller than the full table's."""
     method, num_ids, dim = METHODS[key], table.num_embeddings, table.embedding_dim
     probe = max(1024, min(num_ids - 1, 1 << 20)) * dim  # parameters in which any choice of fields should fit
@@ -82,6 +87,8 @@ def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> I
         widths = [width for width in range(4, dim + 1, 4) if dim % width == 0 and dim // width <= _MOST_COLUMNS]
         columns = [dim // width for width in widths] or [1]
     wishes = [dict(options)] if columns == [None] else [{**options, "num_columns": number} for number in columns]
+    if "num_assigned_ids" not in options and "num_assigned_ids" in {field.name for field in fields(method)}:
+        wishes += [{**wish, "num_assigned_ids": number} for number in _assigned_ids(table, traffic) for wish in wishes]
     exponent = 0
     while (rows := int(2 ** (exponent / _SIZES_A_DOUBLING) + 1e-9)) <= num_ids:
         exponent += 1
@@ -92,3 +99,14 @@ def _sizes(key: str, table: EmbeddingBagConfig, options: Mapping[str, Any]) -> I
                 continue  # too few rows for what is fixed
             assert isinstance(found, RowMethod)
             yield found
+
+
+def _assigned_ids(table: EmbeddingBagConfig, traffic: Traffic) -> list[int]:
+    """How many ids may have stored assignments, if not all: those that are looked up most."""
+    if len(traffic.shares_U) < 2 or has_sharded_assignments(table):
+        return []
+    numbers, number = [], _FEWEST_ASSIGNED_IDS
+    while number < min(table.num_embeddings, 4 * int(traffic.numbers_U.sum())):  # more than were seen gain nothing
+        numbers.append(number)
+        number *= 4
+    return numbers

@@ -17,9 +17,6 @@ it with. Learned rows quantise d dims by log2 k bits, which for Gaussian vectors
 rate-distortion function), and nothing once each id has its own. A sum of codebooks multiplies what each leaves.
 """
 
-from dataclasses import replace
-
-import numpy as np
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 
 from cce_torchrec.methods import CCE, CE, FullTable, HashingTrick, MethodConfig, ResidualCCE
@@ -44,42 +41,16 @@ def expected_loss(method: MethodConfig, table: EmbeddingBagConfig, traffic: Traf
     if isinstance(method, FullTable):
         return 0.0
     if isinstance(method, CE | HashingTrick):
-        return _hashed(traffic, method.num_rows)
+        return traffic.lost_to_hash(method.num_rows)
     assert isinstance(method, CCE)
     width, num_codes = table.embedding_dim // method.num_columns, method.num_rows**method.num_assigned
     hot = min(method.num_hot_ids, table.num_embeddings)
     num_learned = min(method.num_assigned_ids or table.num_embeddings, table.num_embeddings) - hot
-    shared = _without_first(traffic, hot)
-    total = float(shared.shares_U @ shared.numbers_U)
-    warm = total if method.num_assigned_ids is None else _share_of_first(shared, num_learned)
-    of_warm = warm / total if total > 0 else 1.0
-    return (of_warm * _learned(num_codes, num_learned, width) + 1 - of_warm) * _hashed(shared, method.helper_rows)
-
-
-def _hashed(traffic: Traffic, num_rows: int) -> float:
-    """What ids lose by sharing rows with each other; shares may add up to less than 1."""
-    shares_U, numbers_U = traffic.shares_U, traffic.numbers_U
-    others_U = np.maximum(float(shares_U @ numbers_U) - shares_U, 0) / num_rows
-    return float(numbers_U @ (shares_U * others_U / (shares_U + others_U)))
-
-
-def _first(traffic: Traffic, num_ids: int) -> np.ndarray:
-    """How many of the most looked up ids have each of the shares."""
-    order_U = np.argsort(-traffic.shares_U)
-    numbers_U = traffic.numbers_U[order_U]
-    taken_U = np.empty_like(numbers_U)
-    taken_U[order_U] = np.clip(num_ids - (np.cumsum(numbers_U) - numbers_U), 0, numbers_U)
-    return taken_U
-
-
-def _share_of_first(traffic: Traffic, num_ids: int) -> float:
-    """The share of the lookups that the most looked up ids have."""
-    return float(traffic.shares_U @ _first(traffic, num_ids))
-
-
-def _without_first(traffic: Traffic, num_ids: int) -> Traffic:
-    """The other ids', whose shares stay those of all lookups."""
-    return replace(traffic, numbers_U=traffic.numbers_U - _first(traffic, num_ids)) if num_ids else traffic
+    shared = traffic.without_first(hot)
+    warm = shared.total if method.num_assigned_ids is None else shared.share_of_first(num_learned)
+    of_warm = warm / shared.total if shared.total > 0 else 1.0
+    learned = _learned(num_codes, num_learned, width)
+    return (of_warm * learned + 1 - of_warm) * shared.lost_to_hash(method.helper_rows)
 
 
 def _learned(num_codes: int, num_ids: int, width: int) -> float:

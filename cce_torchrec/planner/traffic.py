@@ -1,7 +1,8 @@
 """How often ids are looked up, table by table: from a dict, or from Parquet in one streaming pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ class Traffic:
 
     Attributes:
         lookups: of all ids together, in the period that was counted.
-        shares_U: the distinct shares of the lookups that an id may have, above 0.
+        shares_U: the distinct shares of the lookups that an id may have, above 0, the largest first.
         numbers_U: how many ids have each; ids that were never looked up are in none.
     """
 
@@ -36,7 +37,42 @@ class Traffic:
         """From the lookups of each id, in any order."""
         distinct_U, numbers_U = np.unique(counts[counts > 0], return_counts=True)
         total = float(counts.sum())
-        return cls(total, distinct_U / total, numbers_U.astype(float))
+        return cls(total, distinct_U[::-1] / total, numbers_U[::-1].astype(float))
+
+    @cached_property
+    def _up_to(self) -> tuple[np.ndarray, np.ndarray]:
+        """The number of the ids of each share or a larger one, and the lookups that they have together."""
+        return np.cumsum(self.numbers_U), np.cumsum(self.shares_U * self.numbers_U)
+
+    @cached_property
+    def _known(self) -> dict[int, float]:
+        return {}
+
+    @property
+    def total(self) -> float:
+        """The sum of all shares: 1, or less after :meth:`without_first`."""
+        return float(self.shares_U @ self.numbers_U)
+
+    def share_of_first(self, num_ids: int) -> float:
+        """The share of the lookups that the most looked up ids have."""
+        ids_U, lookups_U = self._up_to
+        place = int(np.searchsorted(ids_U, num_ids))
+        if place == len(ids_U):
+            return self.total
+        return float(lookups_U[place] - (ids_U[place] - num_ids) * self.shares_U[place])
+
+    def without_first(self, num_ids: int) -> "Traffic":
+        """The others than the most looked up ids, whose shares stay those of all lookups."""
+        ids_U, _ = self._up_to
+        return replace(self, numbers_U=np.minimum(self.numbers_U, np.maximum(ids_U - num_ids, 0))) if num_ids else self
+
+    def lost_to_hash(self, num_rows: int) -> float:
+        """What ids lose by sharing rows with each other: sum_v p_v q_v / (p_v + q_v), see expected_loss.py."""
+        if num_rows not in self._known:  # asked for again with every number of columns and of assigned ids
+            others_U = np.maximum(self.total - self.shares_U, 0) / num_rows
+            lost_U = self.shares_U * others_U / (self.shares_U + others_U)
+            self._known[num_rows] = float(self.numbers_U @ lost_U)
+        return self._known[num_rows]
 
 
 def traffic_of(tables: Sequence[EmbeddingBagConfig], statistics: Statistics | None) -> dict[str, Traffic]:

@@ -24,9 +24,11 @@ from cce_torchrec import (
     plan_compression,
     recluster,
 )
+from cce_torchrec.config import AssignmentPlacement
 from cce_torchrec.methods import CE, HashingTrick, MethodConfig
 from cce_torchrec.methods.cce import CCERowMap
 from cce_torchrec.methods.encoding import smallest_int_dtype
+from cce_torchrec.planner.candidates import all_candidates
 from cce_torchrec.planner.expected_loss import expected_loss
 from cce_torchrec.planner.footprint import Devices, footprint
 from cce_torchrec.planner.traffic import Traffic
@@ -204,6 +206,66 @@ def test_ids_without_assignments_are_left_to_the_hash() -> None:
     for num_ids, warm in ((1, 1 / 2), (2, 3 / 4), (3, 1), (7, 1)):
         method = CCE(num_rows=9, num_columns=1, num_helper_rows=5, num_assigned_ids=num_ids)
         assert expected_loss(method, config, traffic) == pytest.approx((1 - warm) * hashed)
+
+
+def test_frequent_ids_alone_get_assignments_where_bytes_are_few() -> None:
+    """A few ids have nearly all lookups: assignments for them lose less than a byte for each of all ids."""
+    lookups = np.random.default_rng(0).zipf(1.5, 200_000).clip(max=200_000)
+    settings: dict[str, Any] = {
+        "statistics": {"t_big": np.bincount(lookups - 1, minlength=200_000)},
+        "device_type": "cpu",
+        "recluster": ReclusterConfig(decode_batch_size=1024),
+    }
+    best, of_all = (
+        plan_compression([BIG], budget_bytes=3_000_000, methods={"cce": options}, **settings)
+        for options in ({}, {"num_assigned_ids": None})
+    )
+    assert best.loss < of_all.loss
+    methods = [plan.methods["t_big"] for plan in (best, of_all)]
+    assert [isinstance(method, CCE) and method.num_assigned_ids is None for method in methods] == [False, True]
+    with pytest.raises(ValueError, match="too small for the 1 tables"):
+        plan_compression([BIG], budget_bytes=1_000_000, methods={"cce": {"num_assigned_ids": None}}, **settings)
+    plan = plan_compression([BIG], budget_bytes=1_000_000, **settings)
+    model = compress(nn.Sequential(EmbeddingBagCollection(tables=[BIG], device=CPU)), plan)
+    (report,) = model[0].memory_report().tables
+    assert report.assignment_bytes == plan.tables[0].bytes.assignments
+    even = {**settings, "statistics": {"t_big": np.ones(200_000)}}
+    (method,) = plan_compression([BIG], budget_bytes=6_000_000, **even).methods.values()
+    assert isinstance(method, CCE)
+    assert method.num_assigned_ids is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "fixed", "placement", "expected"),
+    [
+        (np.arange(5000), {}, "replicated", {None, 256, 1024, 4096}),
+        (np.arange(5000) * (np.arange(5000) >= 4900), {}, "replicated", {None, 256}),  # 100 ids were seen
+        (np.ones(5000), {}, "replicated", {None}),
+        (np.arange(5000), {}, "sharded", {None}),
+        (np.arange(5000), {"num_assigned_ids": None}, "replicated", {None}),
+        (np.arange(5000), {"num_assigned_ids": 77}, "replicated", {77}),
+    ],
+)
+def test_how_many_ids_may_get_assignments(
+    counts: np.ndarray, fixed: dict[str, Any], placement: AssignmentPlacement, expected: set[int | None]
+) -> None:
+    config = CompressedEmbeddingBagConfig(**vars(table("t", 5000)), assignment_placement=placement)
+    (candidates,) = all_candidates([config], {"cce": fixed}, {"t"}, {"t": Traffic.counted(counts)}, DEVICES)
+    methods = [candidate.method for candidate in candidates]
+    assert {method.num_assigned_ids for method in methods if isinstance(method, CCE)} == expected
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 8])
+def test_traffic_of_the_most_looked_up_ids(first: int) -> None:
+    """Against each id on its own."""
+    counts = [5.0, 0, 2, 2, 9, 1, 1, 1]
+    traffic, shares = Traffic.counted(np.array(counts)), sorted((n / 21 for n in counts), reverse=True)
+    assert traffic.share_of_first(first) == pytest.approx(sum(shares[:first]))
+    left = shares[first:]
+    others = traffic.without_first(first)
+    assert others.total == pytest.approx(sum(left))
+    pairs = [(p, (sum(left) - p) / 3) for p in left if p > 0]
+    assert others.lost_to_hash(3) == pytest.approx(sum(p * q / (p + q) for p, q in pairs if p + q > 0))
 
 
 def test_hot_ids_lose_nothing() -> None:
