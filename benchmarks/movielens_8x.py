@@ -1,4 +1,4 @@
-"""How much is lost at eight times fewer embedding parameters? Three seeds of every method on MovieLens-100K.
+"""How much is lost at eight times fewer embedding parameters? Ten seeds of every method on MovieLens-100K.
 
     python benchmarks/movielens_8x.py
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAME = "movielens_8x"
 METHODS = ("full", "hashing_trick", "ce", "qr", "cce")
 BASELINE = "hashing_trick"
-SEEDS = (1, 2, 3)
+SEEDS = tuple(range(1, 11))  # three told methods apart no better than their seeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
