@@ -21,8 +21,8 @@ SHARDING_TYPE = {
     "table_wise": ShardingType.TABLE_WISE.value,
 }
 _HEADER = (
-    f"{'table':<24}{'method':<16}{'ids':>14}{'params':>14}{'placement':>12}{'codebooks B':>15}{'grad. B':>14}{'optim. B':>14}"
-    f"{'assignm. B':>15}{'reclust. B':>15}{'traffic':>9}{'loss':>8}"
+    f"{'table':<24}{'method':<16}{'ids':>14}{'assigned ids':>14}{'params':>14}{'placement':>12}{'codebooks B':>15}"
+    f"{'grad. B':>14}{'optim. B':>14}{'assignm. B':>15}{'reclust. B':>15}{'traffic':>9}{'loss':>8}"
 )
 
 
@@ -123,8 +123,8 @@ class BudgetPlan:
         for t in self.tables:
             params, b = t.method.num_params(t.num_embeddings, t.embedding_dim), t.bytes
             rows.append(
-                f"{t.table:<24}{t.method.key:<16}{t.num_embeddings:>14,}{params:>14,}{t.placement:>12}{b.codebooks:>15,}"
-                f"{b.gradients:>14,}{b.optimizer:>14,}{b.assignments:>15,}{b.workspace:>15,}{t.traffic:>9.1%}{t.loss:>8.4f}"
+                f"{t.table:<24}{t.method.key:<16}{t.num_embeddings:>14,}{_assigned_ids(t):>14}{params:>14,}{t.placement:>12}"
+                f"{b.codebooks:>15,}{b.gradients:>14,}{b.optimizer:>14,}{b.assignments:>15,}{b.workspace:>15,}{t.traffic:>9.1%}{t.loss:>8.4f}"
             )
         total = (
             f"{self.total_bytes:,} of {self.budget_bytes:,} bytes on each of {self.world_size} devices, of which "
@@ -168,6 +168,13 @@ class BudgetPlan:
             raise ValueError(
                 f"{path} is not a plan of format {_FORMAT} ({error!r}): save one by BudgetPlan.save."
             ) from None
+
+
+def _assigned_ids(table: PlannedTable) -> str:
+    """How many ids have stored assignments."""
+    if not table.method.stores_assignments:
+        return "-"
+    return f"{getattr(table.method, 'num_assigned_ids', None) or table.num_embeddings:,}"
 
 
 def _method_to_json(method: MethodConfig) -> dict[str, Any]:
