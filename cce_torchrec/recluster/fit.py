@@ -36,10 +36,10 @@ def fit_centroids(
 ) -> list[Tensor]:
     """The row of cold ids, where there are such, and K-means for the others: [A, K, D] of each column; collective."""
     num_rows = state.row_map.level_rows
-    has_cold_ids = block.ids is not None and len(block.ids) < state.row_map.num_embeddings
-    if not has_cold_ids or num_rows == 1:
-        return _fit_shared_rows(state, num_rows, vectors, block, hot_H, seed, config, collectives)
-    centroids = _fit_shared_rows(state, num_rows - 1, vectors, block, hot_H, seed, config, collectives)
+    has_cold_row = block.ids is not None and len(block.ids) < state.row_map.num_embeddings and num_rows > 1
+    centroids = _fit_shared_rows(state, num_rows - has_cold_row, vectors, block, hot_H, seed, config, collectives)
+    if not has_cold_row:
+        return centroids
     cold = cold_rows(state, vectors, block, seed, config, collectives)
     return [torch.cat(rows, dim=1) for rows in zip(cold, centroids, strict=True)]
 
