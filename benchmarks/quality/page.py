@@ -203,11 +203,13 @@ it is over the same seeds, negative is better.
   frequency here, so hot ids are known from the first re-clustering on.
 * `ce` has eight columns and `robe` blocks of 4 dims, as `from_budget` takes; names with a number have that many columns, or
   blocks that wide. Signs are the default of `hashed_net`. See [siblings.md](siblings.md).
-* Levers that help on one data set only change no default. Blocks at the start help on both. A gradient step of 2 helps on Gowalla
-  by much and on MovieLens-100K at the smallest size; but with a million ids ([sweep_million_hot.md](sweep_million_hot.md), its seeds 1 and 2, 256 to 4,096 times fewer parameters)
-  validation BCE was 0.0012 higher on average (a trial, not recorded), so the step stays 1.
-* More levels are a method of their own, `residual_cce`, with three levels by default. With four columns these store as much for each id
-  as `cce` with eight ("3 levels, 4 columns"), and are better on Gowalla by much, on MovieLens-100K at small sizes.
+* Levers that help on one data set only change no default. Blocks at the start help on both. A gradient step of 2 helps
+  on Gowalla by much and on MovieLens-100K at the smallest size; but with a million ids (the seeds 1 and 2 of
+  [sweep_million_hot.md](sweep_million_hot.md), 256 to 4,096 times fewer parameters) validation BCE was 0.0012 higher on
+  average (a trial, not recorded), so the step stays 1.
+* More levels are a method of their own, `residual_cce`, with three levels by default. With four columns these store as
+  much for each id as `cce` with eight ("3 levels, 4 columns"), and are better on Gowalla by much, on MovieLens-100K at
+  small sizes.
 * More levels and more columns store more for each id: see the column "bytes in all".
 * 16 columns of 32 dims are two numbers wide, which FBGEMM's fused kernels do not take; it runs in unsharded collections only.
 
