@@ -31,7 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
 
-# CCE's defaults with one change each, and what many levels need to be understood.
+# What the levers change one at a time: CCE as it was when they were tried, which led to the defaults of today.
+LEVER_BASE: dict[str, Any] = {"method": "cce", "gradient_step": 1.0, "gradient_damping": 1.0}
 LEVERS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "hashes at the start": {"initial_assignments": "hash"},
@@ -52,6 +53,9 @@ LEVERS: dict[str, dict[str, Any]] = {
     "gradient step 3": {"gradient_step": 3.0},
     "gradient damping 0.3": {"gradient_damping": 0.3},
     "gradient damping 3": {"gradient_damping": 3.0},
+    "gradient step 2, damping 2": {"gradient_step": 2.0, "gradient_damping": 2.0},
+    "gradient step 2, damping 4": {"gradient_step": 2.0, "gradient_damping": 4.0},
+    "gradient step 3, damping 3": {"gradient_step": 3.0, "gradient_damping": 3.0},
     "1 re-clustering": {"recluster_count": 1},
     "3 re-clusterings": {"recluster_count": 3},
     "12 re-clusterings": {"recluster_count": 12},
@@ -68,6 +72,12 @@ LEVERS: dict[str, dict[str, Any]] = {
     "ids weigh the roots of their counts": {"id_weights": "roots"},
     "3 levels": {"method": "residual_cce"},
     "3 levels, 4 columns": {"method": "residual_cce", "options": {"num_columns": 4}},
+    "3 levels, 4 columns, gradient step 2, damping 2": {
+        "method": "residual_cce",
+        "options": {"num_columns": 4},
+        "gradient_step": 2.0,
+        "gradient_damping": 2.0,
+    },
     "4 levels": {"method": "residual_cce", "options": {"num_levels": 4}},
     "6 levels": {"method": "residual_cce", "options": {"num_levels": 6}},
     "8 levels": {"method": "residual_cce", "options": {"num_levels": 8}},
@@ -111,5 +121,5 @@ def levers(dataset: str, names: Iterable[str], params: Iterable[int], seeds: Ite
 
 
 def lever_settings(dataset: str, name: str, params: int, seed: int) -> Settings:
-    changes = {"method": "cce", "params": params, **LEVERS[name]}
+    changes = {**LEVER_BASE, "params": params, **LEVERS[name]}
     return Settings(dataset=dataset, split="tune", seed=seed, epochs=EPOCHS[dataset], **changes)
