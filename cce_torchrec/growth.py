@@ -21,7 +21,7 @@ def check_growth(tables: Sequence[Table], name: str, num_embeddings: int) -> Tab
     """The table called ``name``.
 
     Raises:
-        ValueError: where there is none, it has more ids already, or its method has parameters that are sized by id.
+        ValueError: where there is none, it has more ids already, or its method has parameters or blocks that are sized by it.
     """
     check_positive(num_embeddings=num_embeddings)
     found = {table.name: table for table in tables}.get(name)
@@ -34,9 +34,9 @@ def check_growth(tables: Sequence[Table], name: str, num_embeddings: int) -> Tab
         )
     if not found.id_map.can_grow:
         raise ValueError(
-            f"Table {name!r} cannot grow: its method {method_of(found.config).key!r} has parameters sized by id. Leave "
-            "room in num_embeddings from the start, or choose a method whose parameters do not depend on it, such as cce "
-            "or hashing_trick."
+            f"Table {name!r} cannot grow: its method {method_of(found.config).key!r} has parameters, or blocks of ids, "
+            "sized by num_embeddings. Leave room in that from the start, or choose a method that does not depend on it, such "
+            "as cce or hashing_trick (with hashes)."
         )
     return found
 

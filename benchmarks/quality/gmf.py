@@ -24,7 +24,7 @@ from cce_torchrec import (
 )
 from cce_torchrec.memory import stored_bytes
 from cce_torchrec.methods import CCE, FullTable, MethodConfig
-from cce_torchrec.methods.assignments import InitialAssignments
+from cce_torchrec.methods.blocks import Assignments
 
 FEATURES = ("user", "item")
 EVAL_BATCH = 65_536
@@ -81,7 +81,7 @@ class Settings:
     id_weights: Literal["ones", "counts", "roots"] = "ones"
     hot_part: float = 0.0
     warm_part: float | None = None
-    initial_assignments: InitialAssignments = CCE.initial_assignments
+    initial_assignments: Assignments = CCE.initial_assignments
     renumbered: bool = False
     dim: int = 32
     batch_size: int = 4096

@@ -15,17 +15,16 @@ Shapes: V ids, N ids of a batch, A assignments an id, W numbers stored an id, S 
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_coefficients, hash_rows
 from cce_torchrec.methods.base import RowMap, check_bool, check_not_negative, check_positive, id_chunks
+from cce_torchrec.methods.blocks import Assignments, blocks_of_ids, check_assignments
 from cce_torchrec.methods.encoding import Encoding, PackedEncoding, PlainEncoding
 from cce_torchrec.native.rows import Assigned
 
-InitialAssignments = Literal["blocks", "hash"]
 COLD_ROW = 0  # of cold ids, in every codebook, once something was learned
 _NO_ID = -1  # in slots that no id has; below all ids, so that slots are sorted
 
@@ -47,27 +46,6 @@ def heaviest(weights_N: Tensor, number: int, above: int) -> Tensor:
     return torch.cat([larger, equal[: number - len(larger)]]).sort().values
 
 
-def blocks_of_ids(ids_N: Tensor, num_ids: int, num_blocks: int, count: int) -> Tensor:
-    """Blocks of consecutive ids, of each of ``count`` assignments another split, by a part of a block: int64 [A, N].
-
-        b_i(v) = floor((v + floor(i w / A)) / w) mod k,    w = ceil(V / k)
-
-    Args:
-        ids_N: v.
-        num_ids: V.
-        num_blocks: k.
-        count: A.
-
-    Example:
-        >>> blocks_of_ids(torch.arange(6), 6, 3, 2)
-        tensor([[0, 0, 1, 1, 2, 2],
-                [0, 1, 1, 2, 2, 0]])
-    """
-    width = -(-num_ids // num_blocks)
-    shift_A1 = torch.arange(count, device=ids_N.device)[:, None] * width // count
-    return (ids_N + shift_A1) // width % num_blocks
-
-
 @dataclass(frozen=True, kw_only=True)
 class AssignmentStorage:
     """What is stored for which ids.
@@ -80,15 +58,14 @@ class AssignmentStorage:
         num_hot_ids: how many ids have rows of their own.
     """
 
-    initial: InitialAssignments = "hash"
+    initial: Assignments = "hash"
     bit_packed: bool = False
     num_assigned_ids: int | None = None
     min_id_count: int = 1
     num_hot_ids: int = 0
 
     def __post_init__(self) -> None:
-        if self.initial not in get_args(InitialAssignments):
-            raise ValueError(f"initial_assignments={self.initial!r} is not one of {get_args(InitialAssignments)}.")
+        check_assignments(initial_assignments=self.initial)
         check_bool(bit_packed=self.bit_packed)
         if self.num_assigned_ids is not None:
             check_positive(num_assigned_ids=self.num_assigned_ids)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cce_torchrec.hashing import hash_coefficients, hash_rows
-from cce_torchrec.methods.assignments import AssignedRowMap, AssignmentStorage, InitialAssignments
+from cce_torchrec.methods.assignments import AssignedRowMap, AssignmentStorage
 from cce_torchrec.methods.base import (
     Column,
     RowMap,
@@ -20,6 +20,7 @@ from cce_torchrec.methods.base import (
     check_rows,
     default_num_columns,
 )
+from cce_torchrec.methods.blocks import Assignments
 from cce_torchrec.native.rows import write_assigned_rows
 
 
@@ -217,7 +218,7 @@ class CCE(RowMethod):
     num_assigned_ids: int | None = None
     min_id_count: int = 1
     num_hot_ids: int = 0
-    initial_assignments: InitialAssignments = "blocks"
+    initial_assignments: Assignments = "blocks"
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows, num_helper_rows=self.helper_rows)

@@ -19,6 +19,7 @@ from cce_torchrec.methods.base import (
     check_rows,
     default_num_columns,
 )
+from cce_torchrec.methods.blocks import Assignments, BlockRowMap, check_assignments
 from cce_torchrec.native.rows import write_hashed_rows
 
 
@@ -84,6 +85,8 @@ class CE(RowMethod):
         num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide. More columns of as many
             parameters are better (``docs/results/siblings.md``) and slower; :meth:`from_budget` takes up to 8 whose width
             FBGEMM's kernels take.
+        assignments: "hash", or "blocks": h_i(id) = floor((k id + floor(i V / c)) / V) mod k, so that consecutive ids share a
+            row, in each column others; see :class:`HashingTrick`.
         seed: of the hash functions; the table's name is part of the seed.
 
     Paper: Shi et al., "Compositional Embeddings Using Complementary Partitions", KDD 2020, arXiv 1909.02107. The paper's
@@ -98,11 +101,17 @@ class CE(RowMethod):
 
     num_rows: int
     num_columns: int = 8
+    assignments: Assignments = "hash"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows)
         check_positive(num_columns=self.num_columns)
+        check_assignments(assignments=self.assignments)
+
+    def sizes(self) -> dict[str, Any]:
+        sizes = super().sizes()
+        return {name: size for name, size in sizes.items() if name != "assignments" or size != "hash"}
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         check_divides(embedding_dim, self.num_columns)
@@ -118,4 +127,6 @@ class CE(RowMethod):
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
         check_divides(embedding_dim, self.num_columns)
         columns = (Column(self.num_rows, embedding_dim // self.num_columns),) * self.num_columns
+        if self.assignments == "blocks":
+            return BlockRowMap(columns, num_embeddings)
         return HashedRowMap(columns, (self.seed, table, self.key), device)

@@ -1,4 +1,4 @@
-"""The hashing trick: one hash, one row, and at will a sign."""
+"""The hashing trick: one hash, or one block of ids, one row, and at will a sign."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 
 from cce_torchrec.methods.base import Column, RowMap, RowMethod, budget_rows, check_bool, check_rows
+from cce_torchrec.methods.blocks import Assignments, BlockRowMap, check_assignments
 from cce_torchrec.methods.ce import HashedRowMap
 
 
@@ -20,7 +21,13 @@ class HashingTrick(RowMethod):
         num_rows: k, rows of the table.
         sign: whether there is a sign hash, as in the paper. All tables of the collection are then looked up with a weight a
             row, which takes time, so it is off by default, and signed tables are better put in a collection of their own.
+        assignments: "hash", or "blocks": h(id) = floor(k id / V), so that V / k consecutive ids share a row. That is as good
+            as a hash where ids are numbered at random, and much better where neighbours are alike
+            (``docs/results/siblings.md``); ids must then lie in [0, V), and the table cannot grow.
         seed: of the hash functions; the table's name is part of the seed.
+
+    Raises:
+        ValueError: sizes below 1, a sign with blocks.
 
     Paper: Weinberger et al., "Feature Hashing for Large Scale Multitask Learning", ICML 2009, arXiv 0902.2206.
 
@@ -33,15 +40,22 @@ class HashingTrick(RowMethod):
 
     num_rows: int
     sign: bool = False
+    assignments: Assignments = "hash"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_rows(num_rows=self.num_rows)
         check_bool(sign=self.sign)
+        check_assignments(assignments=self.assignments)
+        if self.sign and self.assignments == "blocks":
+            raise ValueError(
+                f"sign=True is for ids that a hash brings together; with num_rows={self.num_rows} blocks take sign=False."
+            )
 
     def sizes(self) -> dict[str, Any]:
         sizes = super().sizes()
-        return sizes if self.sign else {name: size for name, size in sizes.items() if name != "sign"}
+        plain = {"sign": False, "assignments": "hash"}
+        return {name: size for name, size in sizes.items() if name not in plain or size != plain[name]}
 
     def num_params(self, num_embeddings: int, embedding_dim: int) -> int:
         return self.num_rows * embedding_dim
@@ -53,6 +67,7 @@ class HashingTrick(RowMethod):
         return {"num_rows": budget_rows(cls.key, num_params, embedding_dim, smallest=overrides.get("num_rows", 1))}
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:
-        return HashedRowMap(
-            (Column(self.num_rows, embedding_dim),), (self.seed, table, self.key), device, sign=self.sign
-        )
+        columns = (Column(self.num_rows, embedding_dim),)
+        if self.assignments == "blocks":
+            return BlockRowMap(columns, num_embeddings)
+        return HashedRowMap(columns, (self.seed, table, self.key), device, sign=self.sign)

@@ -65,6 +65,7 @@ def mixed_tables(sign: bool = False) -> list[EmbeddingBagConfig]:
         table("ce", 1000, ["i"], CE(num_rows=7, num_columns=2)),
         table("qr_concat", 50, ["j"], QR(num_remainders=8, operation="concat")),
         table("hashed", 1000, ["k", "g"], HashingTrick(num_rows=11, sign=sign), **mean),
+        table("blocks", 53, ["h"], HashingTrick(num_rows=11, assignments="blocks"), **mean),
         table("full", 23, ["l"], FullTable()),
         table("bloom", 1000, ["m"], Bloom(num_rows=11, num_hashes=3), **mean),
         table("residual", 47, ["n"], ResidualCCE(num_rows=4, num_levels=3, num_columns=2, num_helper_rows=5)),

@@ -1,7 +1,9 @@
 """What the library must agree with: plain Python integers, loops over bags, float64. Nothing here calls the library."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -57,6 +59,11 @@ def python_hash(number: int, num_rows: int, function: int, *key: object) -> int:
     mixed = python_mix64((number % _2_64) ^ python_seed(*key, 0))
     multiplier = python_seed(*key, function + 1) | 1
     return ((mixed * multiplier % _2_64) >> 32) * num_rows >> 32
+
+
+def python_block(number: int, num_ids: int, num_blocks: int, shift: Fraction = Fraction(0)) -> int:
+    """The block of an id, all moved by a part of a block."""
+    return math.floor(Fraction(number * num_blocks, num_ids) + shift) % num_blocks
 
 
 def wilson_hilferty(chi_square: float, degrees: int) -> float:

@@ -30,7 +30,14 @@ from cce_torchrec.methods import DHE, PQ, ROBE, CCERobe, HashedNet, HashEmbeddin
 from tests.unit.oracles import make_kjt
 
 V, D = 20, 8
-BOUNDED = [FullTable(), QR(num_remainders=4), QR(num_remainders=4, operation="concat"), CCE(num_rows=4, num_columns=2)]
+BOUNDED = [
+    FullTable(),
+    QR(num_remainders=4),
+    QR(num_remainders=4, operation="concat"),
+    CCE(num_rows=4, num_columns=2),
+    HashingTrick(num_rows=4, assignments="blocks"),
+    CE(num_rows=4, num_columns=2, assignments="blocks"),
+]
 HASHED = [HashingTrick(num_rows=4), Bloom(num_rows=4, num_hashes=1), CE(num_rows=4, num_columns=2)]
 
 

@@ -99,7 +99,7 @@ def test_new_ids_begin_as_in_a_table_that_had_them_from_the_start(name: str) -> 
 def test_a_table_with_parameters_sized_by_id_does_not_grow(name: str) -> None:
     collection = collection_of(variants()[name])
     before = state_copy(collection)
-    with pytest.raises(ValueError, match=r"'t' cannot grow: its method .* has parameters sized by id"):
+    with pytest.raises(ValueError, match=r"'t' cannot grow: its method .* has parameters, or blocks of ids, sized by"):
         collection.grow("t", V + 1)
     assert_same_state(collection, before)
     assert collection.embedding_bag_configs()[0].num_embeddings == V

@@ -1,6 +1,7 @@
 """Each method's own formula, written out on Python integers."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from cce_torchrec import CCE, CE, QR, Bloom, CompressedEmbeddingBagCollection, C
 from cce_torchrec import HashingTrick as Hashing
 from cce_torchrec.methods import MethodConfig
 from cce_torchrec.methods.base import id_chunks
-from tests.unit.oracles import make_kjt, python_hash
+from tests.unit.oracles import make_kjt, python_block, python_hash
 
 V, D = 41, 8
 
@@ -150,6 +151,48 @@ def test_concatenated_qr_puts_them_side_by_side(remainders: int) -> None:
     assert (remainder.shape, quotient.shape) == ((remainders, D // 2), (math.ceil(V / remainders), D // 2))
     expected = [torch.cat([remainder[v % remainders], quotient[v // remainders]]) for v in range(V)]
     assert torch.equal(collection.dense_weight("t"), torch.stack(expected))
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 12, V, V + 5])
+def test_blocks_of_ids_share_a_row(num_rows: int) -> None:
+    collection = build(Hashing(num_rows=num_rows, assignments="blocks"))
+    (weight,) = weights(collection)
+    assert torch.equal(collection.dense_weight("t"), weight[[python_block(v, V, num_rows) for v in range(V)]])
+    with pytest.raises(ValueError, match="'t' cannot grow"):
+        collection.grow("t", V + 1)
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, V, V + 5])
+def test_blocks_of_each_column_are_others(num_rows: int) -> None:
+    collection = build(CE(num_rows=num_rows, num_columns=4, assignments="blocks"))
+    columns = [
+        weight[[python_block(v, V, num_rows, Fraction(i, 4)) for v in range(V)]]
+        for i, weight in enumerate(weights(collection))
+    ]
+    assert torch.equal(collection.dense_weight("t"), torch.cat(columns, dim=1))
+
+
+def test_blocks_beyond_64_bits_are_refused() -> None:
+    ids = torch.arange(3)
+    with pytest.raises(ValueError, match="4294967296 ids in 2147483647 blocks are too many for 64-bit integers"):
+        Hashing(num_rows=2**31 - 1, assignments="blocks").row_map("t", 2**32, D, None).rows(ids)
+    row_map = Hashing(num_rows=2**31 - 1, assignments="blocks").row_map("t", 2**31, D, None)
+    last = 2**31 - 1
+    assert row_map.rows(torch.tensor([last])).item() == python_block(last, 2**31, 2**31 - 1)
+
+
+def test_what_blocks_are_not_for() -> None:
+    with pytest.raises(ValueError, match="sign=True is for ids that a hash brings together"):
+        Hashing(num_rows=4, sign=True, assignments="blocks")
+    for method in (Hashing, CE):
+        with pytest.raises(ValueError, match="assignments='modulo' is not one of blocks, hash"):
+            method(num_rows=4, assignments="modulo")
+
+
+def test_layouts_of_hashes_are_those_from_before_there_were_blocks() -> None:
+    assert Hashing(num_rows=4).layout(V, D) == f"hashing_trick(num_rows=4) {V}x{D} format 1"
+    assert CE(num_rows=4, num_columns=2).layout(V, D) == f"ce(num_rows=4, num_columns=2) {V}x{D} format 1"
+    assert "assignments=blocks" in CE(num_rows=4, num_columns=2, assignments="blocks").layout(V, D)
 
 
 @pytest.mark.parametrize("operation", ["add", "concat"])
