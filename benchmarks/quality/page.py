@@ -102,9 +102,8 @@ def _matches(curves: Mapping[str, Sequence[Point]]) -> str:
 
 
 def draw(curves: Mapping[str, Sequence[Point]], title: str) -> Figure:
-    """BCE against both sizes, of methods as they are and CCE from hashes; a star is the first match of the full table."""
-    drawn = [*METHODS, "cce_from_hashes"]
-    curves = {method: points for method, points in curves.items() if method in drawn}
+    """BCE against both sizes, of methods as they are; a star is the first match of the full table."""
+    curves = {method: points for method, points in curves.items() if method in METHODS}
     panels = [
         Panel(
             curves={method: bce_by(size, points) for method, points in curves.items() if method != plans.FULL},
@@ -125,12 +124,12 @@ def bce_by(size: str, points: Sequence[Point]) -> Curve:
 
 
 def _levers(runs: Sequence[Record]) -> str:
-    """A table of BCE, a row a lever; the difference from CCE as it is in brackets."""
+    """A table of BCE, a row a lever; the difference from the base and its seeds in brackets."""
     columns = [(dataset, budget) for dataset in TITLES for budget in plans.LEVER_BUDGETS[dataset]]
     bce: dict[tuple[str, tuple[str, int]], Point] = {}
     for name in plans.LEVERS:
         for dataset, budget in columns:
-            mine = found(runs, lambda seed: plans.lever_settings(dataset, name, budget, seed))  # noqa: B023
+            mine = found(runs, lambda seed: plans.lever_settings(dataset, name, budget, seed), plans.LEVER_SEEDS)  # noqa: B023
             if mine:
                 bce[name, (dataset, budget)] = Point(name, mine)
     columns = [column for column in columns if any(key[1] == column for key in bce)]
@@ -142,7 +141,7 @@ def _levers(runs: Sequence[Record]) -> str:
         point = bce[name, column]
         if name == base or (base, column) not in bce:
             return point.text("best_bce")
-        return f"{point.mean('best_bce'):.4f} ({point.difference(bce[base, column]):+.4f})"
+        return f"{point.mean('best_bce'):.4f} ({point.difference(bce[base, column]):+.4f}, {len(point.runs)})"
 
     header = ["CCE with", *(f"{TITLES[dataset]}, {budget:,}" for dataset, budget in columns)]
     rows = [[name, *(cell(name, column) for column in columns)] for name in plans.LEVERS]
@@ -176,9 +175,10 @@ coefficients to the parameters.
 
 ## One setting changed at a time
 
-On another split (what is held out is cut from the training part), so that settings are not chosen on the numbers above. Best
-BCE, mean over seeds (most have one seed, so differences below about 0.003 say little); in brackets the difference from CCE as
-it is over the same seeds, negative is better.
+On another split (what is held out is cut from the training part), so that settings are not chosen on the numbers above. The
+base is CCE with the settings from before this table: a gradient step of 1, damped by 1, else those of today. Best BCE, mean
+over seeds; in brackets the difference from the base over the same seeds (negative is better) and how many these are. With one
+seed, differences below about 0.003 say little; with ten, below 0.001.
 
 {levers}
 
@@ -192,7 +192,8 @@ it is over the same seeds, negative is better.
   was chosen on the other split, for all methods alike; methods whose vectors are products may want another.
 * `cce` and `residual_cce` begin with blocks of consecutive ids ([recluster.md](../recluster.md#gradients)), so they make use
   of how ids are numbered, as `tt_rec` and `qr` do. On Gowalla that is most of what they gain: neighbours are alike there.
-  `cce_from_hashes` makes no use of it, and [siblings.md](siblings.md) has the same with ids renumbered at random.
+  "Hashes at the start" makes no use of it, [siblings.md](siblings.md) has the same with ids renumbered at random, and
+  `hashing_trick_blocks` and `ce_32_columns_blocks` are what their siblings gain by it.
 * Re-clusterings follow the [gradients](../recluster.md#gradients) of the 100 steps before them, so a re-clustering is also a
   Newton step of the codebooks: vectors move faster, as in the first point. "Hashes at the start, no gradients" is the
   paper's algorithm.
@@ -203,13 +204,14 @@ it is over the same seeds, negative is better.
   frequency here, so hot ids are known from the first re-clustering on.
 * `ce` has eight columns and `robe` blocks of 4 dims, as `from_budget` takes; names with a number have that many columns, or
   blocks that wide. Signs are the default of `hashed_net`. See [siblings.md](siblings.md).
-* Levers that help on one data set only change no default. Blocks at the start help on both. A gradient step of 2 helps
-  on Gowalla by much and on MovieLens-100K at the smallest size; but with a million ids (the seeds 1 and 2 of
-  [sweep_million_hot.md](sweep_million_hot.md), 256 to 4,096 times fewer parameters) validation BCE was 0.0012 higher on
-  average (a trial, not recorded), so the step stays 1.
-* More levels are a method of their own, `residual_cce`, with three levels by default. With four columns these store as
-  much for each id as `cce` with eight ("3 levels, 4 columns"), and are better on Gowalla by much, on MovieLens-100K at
-  small sizes.
+* Levers that help on one data set only change no default. Blocks at the start help on both, and so do gradient steps of 2
+  with a damping of 2, at every size: they became the default. Without more damping they gain more on Gowalla, less on
+  MovieLens-100K at 65,536 parameters, and cost 0.0007 with a million ids (validation BCE of
+  [sweep_million_warm.md](sweep_million_warm.md) at 1,024 times fewer parameters, three seeds, in a trial; with it there is no
+  difference).
+* More levels are a method of their own, `residual_cce`. With three levels and four columns, its default, it stores as much
+  for each id as `cce` with eight columns, and is better at all sizes but the largest of MovieLens-100K, where each table has
+  three quarters of a full one's parameters. `cce` keeps the two codebooks a column of the paper.
 * More levels and more columns store more for each id: see the column "bytes in all".
 * 16 columns of 32 dims are two numbers wide, which FBGEMM's fused kernels do not take; it runs in unsharded collections only.
 

@@ -7,6 +7,7 @@ from benchmarks.quality.gmf import FROM_TRAINED, Settings
 from cce_torchrec import METHODS
 
 SEEDS = (1, 2, 3)
+LEVER_SEEDS = tuple(range(1, 11))  # as many as there are of them
 # 2^6, 2^7, .. parameters a dimension a table, with two tables of 32 dims.
 BUDGETS = {
     "ml-100k": tuple(64 << i for i in range(6, 11)),
@@ -22,19 +23,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "robe": {"method": "robe", "options": {"block_size": 4}},
     "robe_blocks_of_32": {"method": "robe", "options": {"block_size": 32}},
     "hashed_net_unsigned": {"method": "hashed_net", "options": {"signed": False}},
+    "hashing_trick_blocks": {"method": "hashing_trick", "options": {"assignments": "blocks"}},
+    "ce_32_columns_blocks": {"method": "ce", "options": {"num_columns": 32, "assignments": "blocks"}},
+    "residual_cce": {"method": "residual_cce", "options": {"num_columns": 4}},
     "cce_hot_ids": {"method": "cce", "hot_part": 0.25},
-    "cce_from_hashes": {"method": "cce", "initial_assignments": "hash"},
-    "cce_hot_ids_from_hashes": {"method": "cce", "hot_part": 0.25, "initial_assignments": "hash"},
-    "residual_cce_from_hashes": {"method": "residual_cce", "initial_assignments": "hash"},
-    "residual_cce_6_levels": {"method": "residual_cce", "options": {"num_levels": 6}},
-    "residual_cce_hot_ids": {"method": "residual_cce", "hot_part": 0.25},
 }
 METHOD_NAMES = tuple(dict.fromkeys([*METHODS, *FROM_TRAINED, *VARIANTS]))
 
 # What the levers change one at a time: CCE as it was when they were tried, which led to the defaults of today.
 LEVER_BASE: dict[str, Any] = {"method": "cce", "gradient_step": 1.0, "gradient_damping": 1.0}
+
+
+def _levels(num_levels: int, num_columns: int = 8) -> dict[str, Any]:
+    return {"method": "residual_cce", "options": {"num_columns": num_columns, "num_levels": num_levels}}
+
+
 LEVERS: dict[str, dict[str, Any]] = {
-    "as it is": {},
+    "the base": {},
     "hashes at the start": {"initial_assignments": "hash"},
     "hashes at the start, no gradients": {"initial_assignments": "hash", "gradient_steps": 0},
     "hot ids: 1/8 of the rows": {"hot_part": 0.125},
@@ -70,27 +75,22 @@ LEVERS: dict[str, dict[str, Any]] = {
     "helper: 3/4 of the rows": {"helper_part": 0.75},
     "ids weigh their counts": {"id_weights": "counts"},
     "ids weigh the roots of their counts": {"id_weights": "roots"},
-    "3 levels": {"method": "residual_cce"},
-    "3 levels, 4 columns": {"method": "residual_cce", "options": {"num_columns": 4}},
+    "3 levels": _levels(3),
+    "3 levels, 4 columns": _levels(3, num_columns=4),
     "3 levels, 4 columns, gradient step 2, damping 2": {
-        "method": "residual_cce",
-        "options": {"num_columns": 4},
+        **_levels(3, num_columns=4),
         "gradient_step": 2.0,
         "gradient_damping": 2.0,
     },
-    "4 levels": {"method": "residual_cce", "options": {"num_levels": 4}},
-    "6 levels": {"method": "residual_cce", "options": {"num_levels": 6}},
-    "8 levels": {"method": "residual_cce", "options": {"num_levels": 8}},
-    "12 levels": {"method": "residual_cce", "options": {"num_levels": 12}},
-    "6 levels, 4 columns": {"method": "residual_cce", "options": {"num_levels": 6, "num_columns": 4}},
-    "6 levels, 12 re-clusterings": {"method": "residual_cce", "options": {"num_levels": 6}, "recluster_count": 12},
-    "6 levels, no re-clustering": {"method": "residual_cce", "options": {"num_levels": 6}, "recluster_count": 0},
+    "4 levels": _levels(4),
+    "6 levels": _levels(6),
+    "8 levels": _levels(8),
+    "12 levels": _levels(12),
+    "6 levels, 4 columns": _levels(6, num_columns=4),
+    "6 levels, 12 re-clusterings": {**_levels(6), "recluster_count": 12},
+    "6 levels, no re-clustering": {**_levels(6), "recluster_count": 0},
     "learning rate 0.003": {"learning_rate": 0.003},
-    "6 levels, learning rate 0.003": {
-        "method": "residual_cce",
-        "options": {"num_levels": 6},
-        "learning_rate": 0.003,
-    },
+    "6 levels, learning rate 0.003": {**_levels(6), "learning_rate": 0.003},
     "a full table": {"method": "full", "params": None},
     "a full table, learning rate 0.003": {"method": "full", "params": None, "learning_rate": 0.003},
     "budget in proportion to ids": {"share": "proportion"},

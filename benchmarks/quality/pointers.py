@@ -33,9 +33,9 @@ def grid(dataset: str, params: Iterable[int], seeds: Iterable[int]) -> list[Sett
 
 def settings(dataset: str, params: int, num_columns: int, warm_part: float | None, seed: int) -> Settings:
     return Settings(
+        **plans.LEVER_BASE,
         dataset=dataset,
         split="tune",
-        method="cce",
         params=params,
         seed=seed,
         epochs=plans.EPOCHS[dataset],
@@ -151,11 +151,11 @@ def write_page(runs: Sequence[Record], titles: dict[str, str]) -> None:
 PAGE = """# Which bytes are worth having?
 
 CCE, with everything that is stored counted: codebooks, assignments, warm ids. The protocol is that of
-[quality.md](quality.md), on its split for tuning; ids weigh their counts in re-clusterings. Of the ids of each table, a part
-has stored assignments (`num_assigned_ids`), the ones seen most often; the others share a row of each main codebook from the
-first re-clustering on, before which ids are hashed, and blocks where all have assignments. "Bits" are
-`bit_packed=True`, which gives the same vectors, bit by bit, so it is not run again. Sizes that are missing were not run, and
-one seed says little about differences below 0.003.
+[quality.md](quality.md), on its split for tuning, with gradient steps of 1, as for its levers; ids weigh their counts in
+re-clusterings. Of the ids of each table, a part has stored assignments (`num_assigned_ids`), the ones seen most often; the
+others share a row of each main codebook from the first re-clustering on, before which ids are hashed, and blocks where all
+have assignments. "Bits" are `bit_packed=True`, which gives the same vectors, bit by bit, so it is not run again. Sizes that
+are missing were not run, and one seed says little about differences below 0.003.
 
 {sections}
 

@@ -14,7 +14,7 @@ from dlrm_example.report import markdown_table
 
 SEEDS = tuple(range(1, 11))
 # What is held against a method of theirs, where it is more than the method of that name.
-OURS = {"ce": ("ce", "ce_32_columns")}
+OURS = {"ce": ("ce", "ce_32_columns"), "hashing_trick": ("hashing_trick", "hashing_trick_blocks")}
 PARAMS = {"ml-100k": (4_096, 16_384, 65_536), "gowalla": (65_536, 262_144)}
 # Best BCE and AUC of https://github.com/thomasahle/cce on this protocol, at its defaults, one seed.
 AUTHORS: dict[str, dict[tuple[str, int | None], tuple[float, float]]] = {
@@ -51,8 +51,13 @@ TRIED: dict[str, dict[str, dict[str, Any]]] = {
         "initial std 0.003": {"init_std": 0.003},
         "initial std 0.1": {"init_std": 0.1},
         "initial std 0.3": {"init_std": 0.3},
+        "blocks": {"options": {"assignments": "blocks"}},
+        "blocks, ids renumbered at random": {"options": {"assignments": "blocks"}, "renumbered": True},
     },
-    "ce": {f"{c} columns": {"options": {"num_columns": c}} for c in (2, 4, 8, 16, 32)},
+    "ce": {
+        **{f"{c} columns": {"options": {"num_columns": c}} for c in (2, 4, 8, 16, 32)},
+        **{f"{c} columns, blocks": {"options": {"num_columns": c, "assignments": "blocks"}} for c in (8, 32)},
+    },
     "robe": {
         **{f"blocks of {size}": {"options": {"block_size": size}} for size in (1, 2, 4, 8, 16, 32)},
         "blocks of 8, signed": {"options": {"block_size": 8, "signed": True}},

@@ -22,9 +22,10 @@ Record = Mapping[str, Any]
 NEW_RUNS = ROOT / "runs" / "quality.jsonl"
 PUBLISHED = RESULTS / "quality.json"
 POINTERS = RESULTS / "pointers.json"
-_OF_RECLUSTERINGS = ("optimizer_state", "start_from_mean")  # whose defaults have changed since runs were published
+# Whose defaults have changed since runs were published.
+_OF_RECLUSTERINGS = ("optimizer_state", "start_from_mean", "gradient_step", "gradient_damping")
 _OF_THE_START = ("initial_assignments",)  # and that of some methods
-_BEFORE = {"start_from_mean": False, "initial_assignments": "hash"}
+_BEFORE = {"start_from_mean": False, "initial_assignments": "hash", "gradient_step": 1.0, "gradient_damping": 1.0}
 
 
 def records(path: Path = NEW_RUNS, published: Path = PUBLISHED) -> list[Record]:

@@ -281,7 +281,7 @@ class CCE(RowMethod):
         return {
             "num_rows": main_rows,
             "num_helper_rows": rows - num_assigned * main_rows,
-            "num_columns": default_num_columns(embedding_dim, at_most=8),
+            "num_columns": default_num_columns(embedding_dim, at_most=cls.num_columns),
         }
 
     def row_map(self, table: str, num_embeddings: int, embedding_dim: int, device: torch.device | None) -> RowMap:

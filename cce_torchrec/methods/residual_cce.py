@@ -28,7 +28,8 @@ class ResidualCCE(CCE):
     Args:
         num_rows: k, rows of each of a column's L - 1 codebooks with assignments.
         num_levels: L, codebooks a column, the hashed one counted; at least 2.
-        num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide.
+        num_columns: c, columns; must divide the embedding dim. Each is ``embedding_dim / c`` wide. By default half of CCE's,
+            so that three levels store as much an id as CCE does.
         num_helper_rows: k', rows of each column's hashed codebook; ``None`` for as many as the others.
         seed: of the hash functions; the table's name is part of the seed.
         bit_packed: as for :class:`CCE`.
@@ -54,6 +55,7 @@ class ResidualCCE(CCE):
 
     key: ClassVar[str] = "residual_cce"
 
+    num_columns: int = 4
     num_levels: int = _DEFAULT_LEVELS
 
     def __post_init__(self) -> None:

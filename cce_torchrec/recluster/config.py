@@ -19,7 +19,8 @@ class ReclusterConfig:
             ids' weights; every id is then assigned exactly.
         decode_batch_size: ids whose vectors are held at a time.
         gradient_step: rate of the steps by which vectors are moved before they are clustered, where gradients were recorded
-            (:func:`cce_torchrec.record_gradients`); 1 is a Newton step by a bound of the curvature.
+            (:func:`cce_torchrec.record_gradients`); 1 is a Newton step by a bound of the curvature, the default, 2, one by half
+            of that bound, which holds for the worst case (docs/recluster.md).
         gradient_damping: how much of the mean curvature is added to each id's.
         start_from_mean: where gradients were recorded, whether the first re-clustering takes ids for what the gradients say
             of them and else for the mean vector, since it was a hash that chose theirs.
@@ -34,8 +35,8 @@ class ReclusterConfig:
     tolerance: float = 1e-4
     points_per_centroid: int = 256
     decode_batch_size: int = 65_536
-    gradient_step: float = 1.0
-    gradient_damping: float = 1.0
+    gradient_step: float = 2.0
+    gradient_damping: float = 2.0
     start_from_mean: bool = True
     optimizer_state: OptimizerState = "carry"
 

@@ -189,10 +189,10 @@ def test_none_on_the_frontier_is_beaten_in_as_many_bytes() -> None:
 
 
 def test_runs_from_before_a_setting_existed_are_found() -> None:
-    now = asdict(plans.lever_settings("gowalla", "as it is", 65_536, 1))
+    now = asdict(plans.lever_settings("gowalla", "the base", 65_536, 1))
     then = {name: value for name, value in now.items() if name != "warm_part"}
     record = {"settings": then, "best_bce": 0.5}
-    assert store.found([record], lambda seed: plans.lever_settings("gowalla", "as it is", 65_536, seed)) == [record]
+    assert store.found([record], lambda seed: plans.lever_settings("gowalla", "the base", 65_536, seed)) == [record]
     assert not pointers.is_of_grid(record)
 
 
