@@ -19,8 +19,8 @@ class ReclusterConfig:
             ids' weights; every id is then assigned exactly.
         decode_batch_size: ids whose vectors are held at a time.
         gradient_step: rate of the steps by which vectors are moved before they are clustered, where gradients were recorded
-            (:func:`cce_torchrec.record_gradients`); 1 is a Newton step by a bound of the curvature, the default, 2, one by half
-            of that bound, which holds for the worst case (docs/recluster.md).
+            (:func:`cce_torchrec.record_gradients`). 1 is a Newton step by a bound of the curvature; 2, the default, is one
+            by half of that bound, which is for the worst case (``docs/recluster.md``).
         gradient_damping: how much of the mean curvature is added to each id's.
         start_from_mean: where gradients were recorded, whether the first re-clustering takes ids for what the gradients say
             of them and else for the mean vector, since it was a hash that chose theirs.

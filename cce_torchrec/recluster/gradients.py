@@ -7,14 +7,16 @@ For a likelihood, g g^T estimates the curvature of the loss. T bounds it even wh
 
     ( sum_o g_o . d_o )^2 <= sum_o |g_o| |d_o|^2 * sum_o' |g_o'|
 
-so a step is short enough whatever the number of features. Damping keeps ids that were hardly seen where they are.
+so a step of rate 1 is short enough whatever the number of features, and one of rate 2 where the worst case is not at hand.
+Damping keeps ids that were hardly seen where they are.
 
 Before the first re-clustering that is a place which a hash has chosen, and says nothing of the id. An id starts there as far
 as gradients were seen of it there, and else from m, the mean vector of the ids that were seen:
 
     wanted(v) = m + ( x(v) - m ) * T(v) / ( T(v) + lambda ) - rate * G(v) / ( T(v) + lambda )
 
-which, for a rate of 1, is where T/2 |x - (x(v) - G/T)|^2 + lambda/2 |x - m|^2 is least.
+which, for a rate of 1, is where T/2 |x - (x(v) - G/T)|^2 + lambda/2 |x - m|^2 is least. For a rate of r it is so with T / r
+and lambda / r in place of T and lambda.
 
 Shapes: N ids of a batch, U ids with gradients, D dims, W = D + 1.
 """
