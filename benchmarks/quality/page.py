@@ -193,7 +193,7 @@ seed, differences below about 0.003 say little; with ten, below 0.001.
 * `cce` and `residual_cce` begin with blocks of consecutive ids ([recluster.md](../recluster.md#gradients)), so they make use
   of how ids are numbered, as `tt_rec` and `qr` do. On Gowalla that is most of what they gain: neighbours are alike there.
   "Hashes at the start" makes no use of it, [siblings.md](siblings.md) has the same with ids renumbered at random, and
-  `hashing_trick_blocks` and `ce_32_columns_blocks` are what their siblings gain by it.
+  `hashing_trick_blocks` and `ce_blocks` are what their siblings gain by it.
 * Re-clusterings follow the [gradients](../recluster.md#gradients) of the 100 steps before them, so a re-clustering is also a
   Newton step of the codebooks: vectors move faster, as in the first point. "Hashes at the start, no gradients" is the
   paper's algorithm.

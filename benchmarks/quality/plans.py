@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "robe_blocks_of_32": {"method": "robe", "options": {"block_size": 32}},
     "hashed_net_unsigned": {"method": "hashed_net", "options": {"signed": False}},
     "hashing_trick_blocks": {"method": "hashing_trick", "options": {"assignments": "blocks"}},
-    "ce_32_columns_blocks": {"method": "ce", "options": {"num_columns": 32, "assignments": "blocks"}},
+    "ce_blocks": {"method": "ce", "options": {"num_columns": 8, "assignments": "blocks"}},
     "residual_cce": {"method": "residual_cce", "options": {"num_columns": 4}},
     "cce_hot_ids": {"method": "cce", "hot_part": 0.25},
 }
