@@ -28,7 +28,7 @@ from dlrm_example.sweep.runs import make_all
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "movielens_8x"
-METHODS = ("full", "hashing_trick", "ce", "qr", "cce")
+METHODS = ("full", "hashing_trick", "ce", "qr", "cce", "residual_cce")
 BASELINE = "hashing_trick"
 SEEDS = tuple(range(1, 11))  # three told methods apart no better than their seeds
 
