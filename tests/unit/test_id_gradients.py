@@ -191,20 +191,21 @@ def test_hashed_vectors_start_from_the_mean_as_far_as_nothing_is_known() -> None
     torch.testing.assert_close(targets(ids, slice(0, 1)), torch.tensor(expected)[:, :1])
 
 
-def test_the_target_of_a_hashed_vector_is_the_best_guess() -> None:
-    """The least of T |x - where the gradients ask it to be|^2 + mean T |x - mean|^2, by autograd."""
+@pytest.mark.parametrize(
+    ("config", "part"), [(ReclusterConfig(gradient_step=1.0, gradient_damping=1.0), 1.0), (ReclusterConfig(), 0.5)]
+)
+def test_the_target_of_a_hashed_vector_is_the_best_guess(config: ReclusterConfig, part: float) -> None:
+    """The least of C |x - where the gradients ask it to be|^2 + mean T |x - mean|^2, by autograd; C is T or a part of it."""
     random = torch.Generator().manual_seed(0)
     gradient_UD, vectors_UD = (torch.randn(6, 2, generator=random) for _ in range(2))
     bound_U = torch.rand(6, generator=random)
     sums = SumsById(3)
     sums.add(torch.arange(6), torch.cat([gradient_UD, bound_U[:, None]], dim=1))
-    targets = targets_from(
-        sums, lambda ids_N: vectors_UD[ids_N], ReclusterConfig(), torch.device("cpu"), LocalCollectives()
-    )
+    targets = targets_from(sums, lambda ids_N: vectors_UD[ids_N], config, torch.device("cpu"), LocalCollectives())
     wanted_UD = targets(torch.arange(6), vectors_UD, slice(None)).double().requires_grad_()
-    asked_UD = (vectors_UD - gradient_UD / bound_U[:, None]).double()
+    asked_UD = (vectors_UD - gradient_UD / (part * bound_U[:, None])).double()
     mean_D = vectors_UD.double().mean(dim=0)
-    loss_U = bound_U.double() * (wanted_UD - asked_UD).square().sum(dim=1)
+    loss_U = part * bound_U.double() * (wanted_UD - asked_UD).square().sum(dim=1)
     loss_U += bound_U.double().mean() * (wanted_UD - mean_D).square().sum(dim=1)
     (slope_UD,) = torch.autograd.grad(loss_U.sum(), wanted_UD)
     assert float(slope_UD.abs().max()) < 1e-5
