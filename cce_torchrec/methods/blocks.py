@@ -3,7 +3,8 @@
     b_i(v) = floor((k v + floor(i V / A)) / V) mod k,    i < A
 
 The A assignments of an id are each of another split, moved by a part of a block, so that neighbours share most of them, and
-two ids of different blocks none. Where ids are numbered at random, that is a hash that gives every row as many ids.
+ids that are further apart than a block is long share none. Where ids are numbered at random, that is a hash that gives every
+row as many ids.
 
 Shapes: V ids, N ids of a batch, A assignments an id, k blocks.
 """
@@ -25,6 +26,14 @@ def check_assignments(**values: str) -> None:
             raise ValueError(f"{name}={value!r} is not one of {', '.join(get_args(Assignments))}.")
 
 
+def check_blocks(num_ids: int, num_blocks: int) -> None:
+    """Raise a ``ValueError`` where there are more ids and blocks than 64-bit arithmetic takes."""
+    if num_ids * num_blocks + num_ids >= 2**63:
+        raise ValueError(
+            f"{num_ids} ids in {num_blocks} blocks are too many for 64-bit integers: hash them, or take fewer."
+        )
+
+
 def blocks_of_ids(ids_N: Tensor, num_ids: int, num_blocks: int, count: int) -> Tensor:
     """Blocks of consecutive ids, of each of ``count`` assignments another split: int64 [A, N].
 
@@ -42,10 +51,7 @@ def blocks_of_ids(ids_N: Tensor, num_ids: int, num_blocks: int, count: int) -> T
         tensor([[0, 0, 1, 1, 2, 2],
                 [0, 1, 1, 2, 2, 0]])
     """
-    if num_ids * num_blocks + num_ids >= 2**63:
-        raise ValueError(
-            f"{num_ids} ids in {num_blocks} blocks are too many for 64-bit integers: hash them, or take fewer."
-        )
+    check_blocks(num_ids, num_blocks)
     shift_A1 = torch.arange(count, device=ids_N.device)[:, None] * num_ids // count
     return (ids_N * num_blocks + shift_A1) // num_ids % num_blocks
 
@@ -57,6 +63,7 @@ class BlockRowMap(RowMap):
 
     def __init__(self, columns: tuple[Column, ...], num_embeddings: int) -> None:
         super().__init__()
+        check_blocks(num_embeddings, columns[0].num_rows)
         self.columns, self._num_embeddings = columns, num_embeddings
 
     def rows(self, ids_N: Tensor) -> Tensor:

@@ -173,9 +173,8 @@ def test_blocks_of_each_column_are_others(num_rows: int) -> None:
 
 
 def test_blocks_beyond_64_bits_are_refused() -> None:
-    ids = torch.arange(3)
     with pytest.raises(ValueError, match="4294967296 ids in 2147483647 blocks are too many for 64-bit integers"):
-        Hashing(num_rows=2**31 - 1, assignments="blocks").row_map("t", 2**32, D, None).rows(ids)
+        Hashing(num_rows=2**31 - 1, assignments="blocks").row_map("t", 2**32, D, None)
     row_map = Hashing(num_rows=2**31 - 1, assignments="blocks").row_map("t", 2**31, D, None)
     last = 2**31 - 1
     assert row_map.rows(torch.tensor([last])).item() == python_block(last, 2**31, 2**31 - 1)
