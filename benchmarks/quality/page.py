@@ -210,8 +210,9 @@ seed, differences below about 0.003 say little; with ten, below 0.001.
   [sweep_million_warm.md](sweep_million_warm.md) at 1,024 times fewer parameters, three seeds, in a trial; with it there is no
   difference).
 * More levels are a method of their own, `residual_cce`. With three levels and four columns, its default, it stores as much
-  for each id as `cce` with eight columns, and is better at all sizes but the largest of MovieLens-100K, where each table has
-  three quarters of a full one's parameters. `cce` keeps the two codebooks a column of the paper.
+  for each id as `cce` with eight columns. It is better where codebooks are large (Gowalla from 32,768 parameters up) and on
+  MovieLens-100K but for the largest size, worse on Gowalla where a codebook has fewer than a hundred rows. So `cce` keeps the
+  two codebooks a column of the paper.
 * More levels and more columns store more for each id: see the column "bytes in all".
 * 16 columns of 32 dims are two numbers wide, which FBGEMM's fused kernels do not take; it runs in unsharded collections only.
 
