@@ -3,6 +3,7 @@
 python -m benchmarks.quality run --dataset ml-100k             # finished runs are not made again
 python -m benchmarks.quality run --dataset gowalla --gowalla gowalla.zip --methods full cce ce
 python -m benchmarks.quality levers --dataset ml-100k          # CCE's settings, one changed at a time, on another split
+python -m benchmarks.quality trials --dataset ml-100k          # changes of CCE that are not settings, on that split
 python -m benchmarks.quality siblings --dataset ml-100k        # the settings of the methods beside CCE, on that split, too
 python -m benchmarks.quality spread --dataset ml-100k          # they and the authors' own, seed by seed
 python -m benchmarks.quality pointers --dataset gowalla --gowalla gowalla.zip --seeds 1   # which bytes are worth having
@@ -19,7 +20,7 @@ from benchmarks.quality.store import POINTERS, publish, records, run_missing
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "levers", "siblings", "spread", "pointers", "page"))
+    parser.add_argument("what", choices=("run", "levers", "trials", "siblings", "spread", "pointers", "page"))
     parser.add_argument("--dataset", choices=DATASETS, default="ml-100k")
     for name, known in (("methods", plans.METHOD_NAMES), ("levers", tuple(plans.LEVERS))):
         told = f"default: all, {'; '.join(known)}"
@@ -40,6 +41,8 @@ def main() -> None:
     seeds = args.seeds or (siblings.SEEDS if args.what == "spread" else plans.SEEDS)
     if args.what == "run":
         plan = plans.reported(args.dataset, args.methods, args.params or plans.BUDGETS[args.dataset], seeds)
+    elif args.what == "trials":
+        plan = plans.trials(args.dataset, args.params or plans.LEVER_BUDGETS[args.dataset], seeds)
     elif args.what == "siblings":
         plan = siblings.tried(args.dataset, args.methods, args.params or siblings.PARAMS[args.dataset], seeds)
     elif args.what == "spread":

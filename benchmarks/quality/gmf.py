@@ -14,6 +14,7 @@ from torchrec import KeyedJaggedTensor
 
 from benchmarks.quality.data import Clicks, Rows, Split, renumbered
 from benchmarks.quality.lookups import use_cheap_gradients
+from benchmarks.quality.trials import TRIALS, Trial
 from cce_torchrec import (
     METHODS,
     CompressedEmbeddingBagCollection,
@@ -59,6 +60,7 @@ class Settings:
         warm_part: which part of a table's ids have stored assignments, those of the largest weights; ``None`` for all.
         initial_assignments: of ids until the first re-clustering, where the method has a choice.
         renumbered: whether ids are numbered at random, not as they come.
+        trial: a change that is no setting, of :mod:`benchmarks.quality.trials`.
     """
 
     dataset: str
@@ -83,6 +85,7 @@ class Settings:
     warm_part: float | None = None
     initial_assignments: Assignments = CCE.initial_assignments
     renumbered: bool = False
+    trial: str | None = None
     dim: int = 32
     batch_size: int = 4096
     learning_rate: float = 1e-3
@@ -197,13 +200,15 @@ def run(settings: Settings, clicks: Clicks) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     is_fitted = settings.method in FROM_TRAINED and settings.params is not None
     first = [FullTable(), FullTable()] if is_fitted else methods
-    model = GMF(tables_of(settings, sizes, first))
-    history, reclusterings = train(settings, model, clicks)
+    trial = TRIALS[settings.trial]()
+    model, clicks = GMF(trial.tables(tables_of(settings, sizes, first))), trial.clicks(clicks)
+    with trial.training(model):
+        history, reclusterings = train(settings, model, clicks, trial)
     if is_fitted:
         compress(model, dict(zip(("t_user", "t_item"), methods, strict=True)), from_trained=True, seed=settings.seed)
         history = History([evaluate(model, clicks.held_out, eval_batches(clicks))])
         if settings.method == "pq_tuned":
-            history.scores += train(settings, model, clicks)[0].scores
+            history.scores += train(settings, model, clicks, trial)[0].scores
     sizes_report = model.collection.memory_report().total
     return {
         "settings": asdict(settings),
@@ -231,7 +236,7 @@ def batches(rows: Rows, size: int, generator: torch.Generator) -> Iterator[tuple
         yield as_ids(batch), batch.labels_N
 
 
-def train(settings: Settings, model: GMF, clicks: Clicks) -> tuple[History, int]:
+def train(settings: Settings, model: GMF, clicks: Clicks, trial: Trial) -> tuple[History, int]:
     """Train until the early stop or the last epoch; the model is left with the weights of its best epoch."""
     use_cheap_gradients(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=True)
@@ -247,8 +252,11 @@ def train(settings: Settings, model: GMF, clicks: Clicks) -> tuple[History, int]
             binary_cross_entropy_with_logits(model(ids), labels_B).backward()
             optimizer.step()
             step += 1
-            if schedule is not None and schedule.step(step, model, optimizer=optimizer, id_weights=id_weights):
-                reclusterings += 1
+            is_reclustered = schedule is not None and bool(
+                schedule.step(step, model, optimizer=optimizer, id_weights=id_weights)
+            )
+            reclusterings += is_reclustered
+            trial.after_step(optimizer, settings.learning_rate, is_reclustered)
         stop = history.add(*evaluate(model, clicks.held_out, held_out))
         if history.scores[-1][0] == history.best_bce:
             best = {name: value.clone() for name, value in model.state_dict().items()}

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.quality.gmf import FROM_TRAINED, Settings
+from benchmarks.quality.trials import TRIALS
 from cce_torchrec import METHODS
 
 SEEDS = (1, 2, 3)
@@ -98,6 +99,11 @@ LEVERS: dict[str, dict[str, Any]] = {
     "initial std 0.01": {"init_std": 0.01},
     "initial std 0.1": {"init_std": 0.1},
 }
+# Each trial, and one with more re-clusterings than else.
+TRIED: dict[str, dict[str, Any]] = {
+    **{name: {"trial": name} for name in TRIALS if name is not None},
+    "one iteration from the codebooks, 24 times": {"trial": "one iteration from the codebooks", "recluster_count": 24},
+}
 LEVER_BUDGETS = {"ml-100k": (4_096, 16_384, 65_536), "gowalla": (65_536, 262_144)}
 
 
@@ -122,4 +128,14 @@ def levers(dataset: str, names: Iterable[str], params: Iterable[int], seeds: Ite
 
 def lever_settings(dataset: str, name: str, params: int, seed: int) -> Settings:
     changes = {**LEVER_BASE, "params": params, **LEVERS[name]}
+    return Settings(dataset=dataset, split="tune", seed=seed, epochs=EPOCHS[dataset], **changes)
+
+
+def trials(dataset: str, params: Iterable[int], seeds: Iterable[int]) -> list[Settings]:
+    """The runs of the table of trials, seed by seed."""
+    return [trial_settings(dataset, name, budget, seed) for seed in seeds for name in TRIED for budget in params]
+
+
+def trial_settings(dataset: str, name: str, params: int, seed: int) -> Settings:
+    changes = {"method": "cce", "params": params, **TRIED[name]}
     return Settings(dataset=dataset, split="tune", seed=seed, epochs=EPOCHS[dataset], **changes)
