@@ -1,13 +1,14 @@
 """The page of results: tables and plots of finished runs."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
 from benchmarks.harness import RESULTS
 from benchmarks.quality import plans
+from benchmarks.quality.gmf import Settings
 from benchmarks.quality.store import Record, found
 from cce_torchrec import METHODS
 from dlrm_example.curves import Curve, Measured, first_crossing, mean_and_spread
@@ -63,7 +64,7 @@ def write_page(runs: Sequence[Record]) -> None:
             f"## {title}\n\n![BCE against size]({plot})\n\n{_scores(curves)}\n\n{_matches(curves)}\n\n"
             f"Up to {plans.EPOCHS[dataset]} epochs, up to {seeds} seeds. {_unfit(runs, dataset)}"
         )
-    (RESULTS / "quality.md").write_text(_page(sections, _levers(runs), runs))
+    (RESULTS / "quality.md").write_text(_page(sections, runs))
 
 
 def _scores(curves: Mapping[str, Sequence[Point]]) -> str:
@@ -123,37 +124,41 @@ def bce_by(size: str, points: Sequence[Point]) -> Curve:
     return [Measured(point.mean(size), [run["best_bce"] for run in point.runs]) for point in points]
 
 
-def _levers(runs: Sequence[Record]) -> str:
-    """A table of BCE, a row a lever; the difference from the base and its seeds in brackets."""
+def _changes(
+    runs: Sequence[Record], names: Sequence[str], settings_of: Callable[[str, str, int, int], Settings]
+) -> str:
+    """A table of BCE, a row a change; the difference from the first row and its seeds in brackets."""
     columns = [(dataset, budget) for dataset in TITLES for budget in plans.LEVER_BUDGETS[dataset]]
     bce: dict[tuple[str, tuple[str, int]], Point] = {}
-    for name in plans.LEVERS:
+    for name in names:
         for dataset, budget in columns:
-            mine = found(runs, lambda seed: plans.lever_settings(dataset, name, budget, seed), plans.LEVER_SEEDS)  # noqa: B023
+            mine = found(runs, lambda seed: settings_of(dataset, name, budget, seed), plans.LEVER_SEEDS)  # noqa: B023
             if mine:
                 bce[name, (dataset, budget)] = Point(name, mine)
     columns = [column for column in columns if any(key[1] == column for key in bce)]
-    base = next(iter(plans.LEVERS))
 
     def cell(name: str, column: tuple[str, int]) -> str:
         if (name, column) not in bce:
             return ""
         point = bce[name, column]
-        if name == base or (base, column) not in bce:
+        if name == names[0] or (names[0], column) not in bce:
             return point.text("best_bce")
-        return f"{point.mean('best_bce'):.4f} ({point.difference(bce[base, column]):+.4f}, {len(point.runs)})"
+        return f"{point.mean('best_bce'):.4f} ({point.difference(bce[names[0], column]):+.4f}, {len(point.runs)})"
 
     header = ["CCE with", *(f"{TITLES[dataset]}, {budget:,}" for dataset, budget in columns)]
-    rows = [[name, *(cell(name, column) for column in columns)] for name in plans.LEVERS]
+    rows = [[name, *(cell(name, column) for column in columns)] for name in names]
     return markdown_table(header, [row for row in rows if any(row[1:])])
 
 
-def _page(sections: Sequence[str], levers: str, runs: Sequence[Record]) -> str:
+def _page(sections: Sequence[str], runs: Sequence[Record]) -> str:
+    tuning = [run for run in runs if run["settings"]["split"] == "tune"]
+    levers = _changes(tuning, list(plans.LEVERS), plans.lever_settings)
+    trials = _changes(tuning, list(plans.TRIED), plans.trial_settings)
     facts = {
         f"{run['made_by']['commit']} on {run['made_by']['hardware']}, torch {run['made_by']['torch']}" for run in runs
     }
     made_by = "\n".join(f"* {fact}" for fact in sorted(facts))
-    return PAGE.format(sections="\n\n".join(sections), levers=levers, made_by=made_by)
+    return PAGE.format(sections="\n\n".join(sections), levers=levers, trials=trials, made_by=made_by)
 
 
 PAGE = """# How good are the methods at a size?
@@ -181,6 +186,12 @@ over seeds; in brackets the difference from the base over the same seeds (negati
 seed, differences below about 0.003 say little; with ten, below 0.001.
 
 {levers}
+
+## Changes that are not settings
+
+In the same way, against CCE as it is now; [trials.py](../../benchmarks/quality/trials.py) has them.
+
+{trials}
 
 ## Read with care
 
@@ -222,6 +233,7 @@ seed, differences below about 0.003 say little; with ten, below 0.001.
 python -m benchmarks.quality run --dataset ml-100k --jobs 2
 python -m benchmarks.quality run --dataset gowalla --gowalla gowalla.zip --jobs 2
 python -m benchmarks.quality levers --dataset ml-100k --jobs 2
+python -m benchmarks.quality trials --dataset ml-100k --jobs 2
 python -m benchmarks.quality page
 ```
 

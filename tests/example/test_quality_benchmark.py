@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import data, gmf, page, plans, pointers, published, siblings, store
+from benchmarks.quality import data, gmf, page, plans, pointers, published, siblings, store, trials
 from benchmarks.quality.gmf import Settings
 from benchmarks.quality.lookups import use_cheap_gradients
+from cce_torchrec import CCE, ReclusterConfig, recluster
 from tests.example.archives import data_folder
 
 SMALL = Settings(dataset="toy", split="report", method="cce", params=256, seed=1, dim=8, epochs=3, batch_size=64)
@@ -165,6 +166,46 @@ def test_levers_are_tried_on_the_other_split_and_differ() -> None:
     settings = [plans.lever_settings("ml-100k", name, 4_096, 1) for name in plans.LEVERS]
     assert {one.split for one in settings} == {"tune"}
     assert len({store.key_of_settings(one) for one in settings}) == len(settings)
+
+
+def test_trials_differ_from_all_else() -> None:
+    settings = [plans.trial_settings("ml-100k", name, 4_096, 1) for name in plans.TRIED]
+    levers = [plans.lever_settings("ml-100k", name, 4_096, 1) for name in plans.LEVERS]
+    assert len({store.key_of_settings(one) for one in settings + levers}) == len(settings) + len(levers)
+
+
+def test_trials_are_changes_that_keep_the_budget_and_leave_nothing_patched() -> None:
+    clicks, settings = toy_clicks(), replace(SMALL, recluster_count=3, learning_rate=0.02)
+    plain = gmf.run(settings, clicks)
+    for name in trials.TRIALS:
+        other = gmf.run(replace(settings, trial=name), clicks)
+        assert (other["params"], other["reclusterings"]) == (SMALL.params, 3)
+        assert (other["scores"] == plain["scores"]) == (name in (None, "nothing changed")), name
+    assert gmf.run(settings, clicks)["scores"] == plain["scores"]
+
+
+def test_rotated_vectors_are_the_vectors() -> None:
+    """With a centroid for every vector, a re-clustering in turned columns changes no prediction."""
+    clicks, settings = toy_clicks(), replace(SMALL, params=None)
+    torch.manual_seed(0)
+    methods = [CCE(num_rows=60, num_columns=4, num_helper_rows=1), CCE(num_rows=60, num_columns=4, num_helper_rows=1)]
+    model = gmf.GMF(gmf.tables_of(settings, (40, 60), methods))
+    ids = gmf.as_ids(clicks.held_out)
+    with trials.Rotation().training(model):
+        before = model(ids)
+        for seed in (1, 2):  # turned once more
+            recluster(model, seed=seed, config=ReclusterConfig(gradient_step=0.0))
+            torch.testing.assert_close(model(ids), before, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(gmf.GMF.forward(model, ids), before, atol=1e-3)
+
+
+def test_directions_are_orthogonal_and_balanced() -> None:
+    scales = torch.tensor([8.0, 4.0, 2.0, 1.0])
+    points = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)) * scales
+    turned = trials._balanced_directions(points, 2)
+    torch.testing.assert_close(turned.T @ turned, torch.eye(4), atol=1e-5, rtol=0)
+    variances = (points @ turned).var(dim=0).view(2, 2).prod(dim=1)  # 8 x 1 and 4 x 2
+    torch.testing.assert_close(variances[0], variances[1], rtol=0.2, atol=0)
 
 
 def test_differences_are_over_the_same_seeds() -> None:
