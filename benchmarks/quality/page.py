@@ -189,9 +189,9 @@ seed, differences below about 0.003 say little; with ten, below 0.001.
 
 ## Changes that are not settings
 
-In the same way, against CCE as it is now; [trials.py](../../benchmarks/quality/trials.py) has them. None is better on both data
-sets at all sizes, so none is in the library. "One iteration from the codebooks, 24 times" moves ids to other rows between what
-would be re-clusterings, as straight-through gradients of assignments would.
+In the same way, against CCE as it is now; [trials.py](../../benchmarks/quality/trials.py) has them. None is better on both
+data sets at all sizes, so none is in the library. "One iteration from the codebooks, 24 times" moves ids to other rows
+between what would be re-clusterings, as straight-through gradients of assignments would.
 
 {trials}
 
