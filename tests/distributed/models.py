@@ -40,7 +40,7 @@ ROWWISE_ADAGRAD = {"optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD, "learning_ra
 
 # Ids that fit every table of a feature; None: the tables hash, and any int64 is an id.
 NUM_IDS: dict[str, int | None] = {
-    **{"f": 57, "g": 101, "h": 53, "i": None, "j": 50, "k": None, "l": 23, "m": None, "n": 47, "o": 37},
+    **{"f": 57, "g": 101, "h": 53, "i": None, "j": 50, "k": None, "l": 23, "m": None, "n": 47, "o": 37, "p": 43},
     "unused": 10,
 }
 
@@ -65,7 +65,7 @@ def mixed_tables(sign: bool = False) -> list[EmbeddingBagConfig]:
         table("ce", 1000, ["i"], CE(num_rows=7, num_columns=2)),
         table("qr_concat", 50, ["j"], QR(num_remainders=8, operation="concat")),
         table("hashed", 1000, ["k", "g"], HashingTrick(num_rows=11, sign=sign), **mean),
-        table("blocks", 53, ["h"], HashingTrick(num_rows=11, assignments="blocks"), **mean),
+        table("blocks", 43, ["p"], HashingTrick(num_rows=11, assignments="blocks"), **mean),
         table("full", 23, ["l"], FullTable()),
         table("bloom", 1000, ["m"], Bloom(num_rows=11, num_hashes=3), **mean),
         table("residual", 47, ["n"], ResidualCCE(num_rows=4, num_levels=3, num_columns=2, num_helper_rows=5)),
