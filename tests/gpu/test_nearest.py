@@ -70,11 +70,13 @@ def check_ties() -> None:
 def check_equal_scores() -> None:
     from cce_torchrec.gpu.nearest import two_least
 
-    points_ND, centroids_KD = made(20, 3, 50)
+    generator = torch.Generator().manual_seed(0)  # small integers: no rounding, whatever is added up first
+    points_ND, centroids_KD = (torch.randint(-8, 9, (n, 3), generator=generator).float() for n in (20, 50))
     four_KD = centroids_KD.repeat(4, 1)  # within a tile of centroids, and in several
-    norms_K = four_KD.square().sum(1)
-    nearest_N, least_N, second_N = two_least(points_ND, four_KD.T.contiguous(), norms_K)
-    assert torch.equal(nearest_N, distances(points_ND, centroids_KD).argmin(dim=1))
+    nearest_N, least_N, second_N = two_least(points_ND, four_KD.T.contiguous(), four_KD.square().sum(1))
+    expected_NK = distances(points_ND, four_KD)
+    is_least_NK = expected_NK == expected_NK.amin(dim=1, keepdim=True)
+    assert torch.equal(nearest_N, torch.where(is_least_NK, torch.arange(200), 200).amin(dim=1))
     assert torch.equal(least_N, second_N)
 
 
